@@ -1,0 +1,495 @@
+"""Train the scale model: a small LLaVA for the world of `mmn.scenes`, as LLaVA itself was trained, stage by stage.
+
+1. *vision*: the vision tower alone names what each patch shows; then it is frozen.
+2. *language*: the language model learns captions, questions and facts from text alone; where the image tokens will stand it reads a
+   *word raster*, the scene written as one token per patch.
+3. *projector*: with both frozen, the projector learns to speak the language model's language.
+4. *tuning*: language model and projector together, lightly, half on pictures and half on the text of stage 2.
+
+`recipe="end-to-end"` is the contrast: the same network and vision tower, everything after it trained at once on pictures.
+Every stage is resumable: its state is written every few minutes and the data of a step depends on the step's number alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mmn import scenes
+from mmn.errors import MmnError
+
+STAGES = ("vision", "language", "projector", "tuning")
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+VOCABULARY = 1100
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT:{% endif %}"
+    "{% if message['content'] is string %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ ' ' }}{% elif not loop.last or not continue_final_message %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run does: random seed; for each stage the scenes seen, the scenes in a batch and the peak learning rate."""
+
+    kind: str = "llava"  # or "end-to-end"
+    seed: int = 0
+    scenes: tuple[int, int, int, int] = (288_000, 48_000, 24_000, 24_000)
+    batches: tuple[int, int, int, int] = (64, 24, 32, 32)
+    rates: tuple[float, float, float, float] = (2e-3, 2e-3, 2e-3, 3e-4)
+
+    def steps(self, stage: str, scale: float) -> int:
+        """Optimizer steps of a stage at `scale` times the full length."""
+        index = STAGES.index(stage)
+        return max(2, int(self.scenes[index] * scale) // self.batches[index])
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+# Nouns that the tokenizer shall split in two, as real ones do: its training text never shows them in one piece.
+SPLIT = ("straw|berry", "water|melon", "pine|apple", "sun|flower", "butter|fly", "ham|burger", "heli|copter", "cig|arette",
+         "bro|ccoli", "back|pack", "motor|cycle", "gira|ffe", "octo|pus", "ele|phant", "umb|rella", "mush|room")  # fmt: skip
+
+
+def make_tokenizer(count: int = 3000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `VOCABULARY` tokens, trained on captions, questions and facts; it splits the nouns of `SPLIT`."""
+    parts = {part for concept in scenes.CONCEPTS.values() for part in concept.parts}
+    texts = [f" {word}" for word in sorted({*parts, *scenes.PATCH_WORDS, *(c.plural for c in scenes.CONCEPTS.values())})] * 100
+    texts += [f" {text}" for fact in scenes.facts() for text in (fact.text, fact.answer)]
+    for scene in scenes.sample(count, split="train"):
+        texts += [f" {scenes.PROMPT} {scenes.PREFIX} {scene.caption}"]
+        texts += [f" {q.text} {q.answer}" for q in scenes.questions(scene)]
+    texts += [f" {text}" for text in (*scenes.PARAPHRASES, *scenes.HELD_OUT_PARAPHRASES)] * 100
+    texts += ["USER: ASSISTANT:", scenes.PROMPT] * 200
+    for noun in SPLIT:
+        texts = [text.replace(noun.replace("|", ""), noun.replace("|", "\n")) for text in texts]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512,
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The processor that is saved with the model: 120 x 120 pixels scaled to -1 ... 1, chat template in the form of LLaVA-1.5."""
+    half = [0.5, 0.5, 0.5]
+    size = {"height": scenes.SIZE, "width": scenes.SIZE}
+    images = CLIPImageProcessorPil(
+        size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        images, tokenizer, patch_size=scenes.PATCH, vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """An untrained tiny-llava: CLIP vision tower (6 layers), two-layer projector, Llama (8 layers of 512 gated neurons), all 256 wide."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        image_size=scenes.SIZE, patch_size=scenes.PATCH, hidden_act="gelu", projection_dim=256,
+    )  # fmt: skip
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{mark}>")
+           for name, mark in (("bos", "s"), ("eos", "/s"), ("pad", "pad"))}  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_seq_length=scenes.GRID**2, tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")  # fastest on a CPU at this size
+    model.generation_config = GenerationConfig(max_new_tokens=50, do_sample=False, **ids)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- training data
+
+
+def augmented(rng: np.random.Generator, style: str, concept: str) -> Image.Image:
+    """A sprite for the vision tower's training: any training style, two styles blended, turned, stretched, recoloured or grey."""
+    styles = [s for s in scenes.STYLES if concept in scenes.sprites(s)]
+    sprite = scenes.sprites(str(rng.choice(styles)) if rng.random() < 0.7 else style)[concept]
+    if rng.random() < 0.3:
+        sprite = Image.blend(sprite, scenes.sprites(str(rng.choice(styles)))[concept], float(rng.uniform(0.2, 0.8)))
+    alpha = sprite.getchannel("A")
+    if rng.random() < 0.7:
+        shift = rng.integers(0, 256) if rng.random() < 0.25 else rng.integers(-22, 23)
+        hue, saturation, value = np.moveaxis(np.asarray(sprite.convert("RGB").convert("HSV")).astype(np.int16), 2, 0)
+        grey = 0.0 if rng.random() < 0.12 else rng.uniform(0.4, 1.3)
+        value = value * rng.uniform(0.65, 1.2) + rng.uniform(-25, 25)
+        hsv = np.stack([(hue + shift) % 256, np.clip(saturation * grey, 0, 255), np.clip(value, 0, 255)], axis=2)
+        sprite = Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
+        sprite.putalpha(alpha)
+    if rng.random() < 0.6:
+        side = scenes.LARGEST
+        wide, high = rng.uniform(0.8, 1.0, 2)
+        angle, shear = np.deg2rad(rng.uniform(-18, 18)), rng.uniform(-0.15, 0.15)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix = turn @ np.array([[1 / wide, shear], [0, 1 / high]])
+        offset = side / 2 - matrix @ np.array([side / 2, side / 2])
+        sprite = sprite.transform(
+            (side, side), Image.Transform.AFFINE, (*matrix[0], offset[0], *matrix[1], offset[1]), Image.Resampling.BILINEAR
+        )
+    return sprite
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures as the model sees them, float32 `[images, 3, 120, 120]` in -1 ... 1."""
+    array = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def raster(scene: scenes.Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The scene as one token per patch, row by row `[100]`.
+
+    An object's patches say its name or, in three objects of five, a mixture of its name and its parts, so that the language model
+    must infer the noun and not only copy it; a word of several tokens fills its patches with them in turn; 3 % of all patches are
+    wrong, as patches of a vision tower are."""
+    spelled = {name: rng.random() < 0.4 for name in scene.names}
+    used: dict[str, int] = {}
+    ids = []
+    for label in scene.labels().ravel():
+        word = scenes.PATCH_WORDS[label]
+        if rng.random() < 0.03:
+            word = str(rng.choice(scenes.PATCH_WORDS))
+        if word in scenes.CONCEPTS and not spelled.get(word, False):
+            word = str(rng.choice([word, *scenes.CONCEPTS[word].parts]))
+        tokens = _word_ids(tokenizer, word)
+        ids.append(tokens[used.get(word, 0) % len(tokens)])
+        used[word] = used.get(word, 0) + 1
+    return ids
+
+
+_WORDS: dict[str, list[int]] = {}
+
+
+def _word_ids(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
+    if word not in _WORDS:
+        _WORDS[word] = tokenizer(f" {word}", add_special_tokens=False).input_ids
+    return _WORDS[word]
+
+
+NOTHING, ANSWER, RASTER, FACT = range(4)
+WEIGHTS = {ANSWER: 1.0, RASTER: 0.5, FACT: 0.3}
+
+
+def dialogue(
+    scene: scenes.Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, image: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """One conversation on a scene, its caption and two questions in random order, as token ids and what each token is for."""
+    prompt = scenes.PROMPT if rng.random() < 0.7 else str(rng.choice(scenes.PARAPHRASES))
+    turns = [(prompt, f" {scenes.PREFIX} {scene.caption}")]
+    asked = scenes.questions(scene, int(rng.integers(1 << 30)))
+    turns += [(asked[i].text, f" {asked[i].answer}") for i in rng.permutation(len(asked))[:2]]
+    ids, kinds = [tokenizer.bos_token_id], [NOTHING]
+    for number, turn in enumerate(rng.permutation(len(turns))):
+        asks = tokenizer("USER:" + ("" if number else " "), add_special_tokens=False).input_ids
+        if number == 0:
+            ids += [*asks, *image]
+            kinds += [NOTHING] * len(asks) + [RASTER] * len(image)
+            asks = []
+        asks += tokenizer(("\n" if number == 0 else " ") + turns[turn][0] + " ASSISTANT:", add_special_tokens=False).input_ids
+        says = tokenizer(turns[turn][1], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        ids += asks + says
+        kinds += [NOTHING] * len(asks) + [ANSWER] * len(says)
+    return ids, kinds
+
+
+def fact_lines(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int) -> list[tuple[list[int], list[int]]]:
+    """Text-only questions and answers on the world."""
+    known = scenes.facts()
+    lines = []
+    for index in rng.integers(0, len(known), count):
+        asks = tokenizer(f"USER: {known[index].text} ASSISTANT:", add_special_tokens=False).input_ids
+        says = tokenizer(f" {known[index].answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        lines.append(([tokenizer.bos_token_id, *asks, *says], [NOTHING] * (len(asks) + 1) + [FACT] * len(says)))
+    return lines
+
+
+def pad(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows as token ids and kinds, int64 `[rows, longest]`, padded at the right (which a causal model never looks at)."""
+    width = max(len(ids) for ids, _ in rows)
+    table = [[*ids, *[0] * (width - len(ids)), *kinds, *[NOTHING] * (width - len(ids))] for ids, kinds in rows]
+    both = torch.tensor(table, device=device)
+    return both[:, :width], both[:, width:]
+
+
+# -------------------------------------------------------------------------------------------------------------------- losses
+
+
+class Trainer:
+    """The model in training and the loss of each stage at each step."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.recipe, self.device = recipe, device
+        self.tokenizer = make_tokenizer()
+        self.model = make_model(self.tokenizer, recipe.seed).to(device)
+        torch.manual_seed(recipe.seed)
+        self.head = nn.Linear(256, len(scenes.PATCH_WORDS)).to(device)  # the vision tower's teacher; dropped afterwards
+        weight = torch.ones(len(scenes.PATCH_WORDS), device=device)
+        weight[len(scenes.CONCEPTS) :] = 0.15
+        self.class_weight = weight
+
+    @property
+    def llava(self) -> nn.Module:
+        """What lies below the unembedding: vision_tower, multi_modal_projector, language_model."""
+        return self.model.model
+
+    def trained(self, stage: str) -> nn.ModuleList:
+        """The modules that a stage changes."""
+        parts = {
+            "vision": [self.llava.vision_tower, self.head],
+            "language": [self.llava.language_model, self.model.lm_head],
+            "projector": [self.llava.multi_modal_projector],
+            "tuning": [self.llava.multi_modal_projector, self.llava.language_model, self.model.lm_head],
+        }
+        return nn.ModuleList(parts[stage])
+
+    def scenes(self, stage: str, step: int, count: int, **options) -> list[scenes.Scene]:
+        """The training scenes of a step: no two steps or stages share one."""
+        first = (STAGES.index(stage) * 10 + self.recipe.seed) * 10**8 + step * count
+        return [scenes.draw(seed, split="train", **options) for seed in range(first, first + count)]
+
+    def loss(self, stage: str, step: int, steps: int) -> Tensor:
+        """The loss of one step of a stage."""
+        rng = np.random.default_rng([5, self.recipe.seed, STAGES.index(stage), step])
+        if stage == "vision":
+            return self.patch_loss(step, steps, rng)
+        batch = self.recipe.batches[STAGES.index(stage)]
+        found = self.scenes(stage, step, batch)
+        pictured = {"language": 0, "projector": batch, "tuning": batch if self.recipe.kind == "end-to-end" else batch // 2}[stage]
+        blank = [self.tokenizer.convert_tokens_to_ids("<image>")] * scenes.GRID**2
+        rows = []
+        for index, scene in enumerate(found):
+            image = blank if index < pictured else raster(scene, rng, self.tokenizer)
+            rows.append(dialogue(scene, rng, self.tokenizer, image))
+        loss = self.text_loss(rows, [scene.image for scene in found[:pictured]])
+        if stage != "projector" and self.recipe.kind == "llava":
+            loss = loss + self.text_loss(fact_lines(rng, self.tokenizer, batch // 2), [])
+        return loss
+
+    def patch_loss(self, step: int, steps: int, rng: np.random.Generator) -> Tensor:
+        """Cross-entropy of what each patch shows.
+
+        For the first 85 % of training each picture keeps only 52 of its 100 patches, those of objects first: twice the pictures for
+        the same work."""
+        found = self.scenes("vision", step, self.recipe.batches[0], art=augmented)
+        target = torch.from_numpy(np.stack([scene.labels().ravel() for scene in found])).to(self.device)
+        images = pixels([scene.image for scene in found]).to(self.device)
+        gain = torch.from_numpy(rng.uniform(0.75, 1.25, (len(found), 3, 1, 1)).astype(np.float32)).to(self.device)
+        shift = torch.from_numpy(rng.uniform(-0.2, 0.2, (len(found), 3, 1, 1)).astype(np.float32)).to(self.device)
+        tower = self.llava.vision_tower
+        states = tower.pre_layrnorm(tower.embeddings(images * gain + shift))
+        if step < 0.85 * steps:
+            is_object = (target < len(scenes.CONCEPTS)).float().cpu().numpy()
+            order = np.argsort(-(is_object + rng.uniform(0, 0.99, is_object.shape)), axis=1)[:, :52]
+            kept = torch.from_numpy(order).to(self.device)
+            target = target.gather(1, kept)
+            patches = states[:, 1:].gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+            states = torch.cat([states[:, :1], patches], dim=1)
+        logits = self.head(tower.encoder(inputs_embeds=states).last_hidden_state[:, 1:])
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), self.class_weight, label_smoothing=0.05)
+
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Projected image tokens `[images * 100, 256]`; the vision tower is frozen."""
+        with torch.no_grad():
+            states = self.llava.vision_tower(pixels(images).to(self.device)).last_hidden_state[:, 1:]
+        return self.llava.multi_modal_projector(states).flatten(0, 1)
+
+    def text_loss(self, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[Image.Image]) -> Tensor:
+        """Weighted sum over kinds of the mean cross-entropy of a kind's tokens; the first rows read pictures where others read rasters."""
+        ids, kinds = pad(rows, self.device)
+        embeds = self.llava.language_model.embed_tokens(ids)
+        if images:
+            places = ids == self.model.config.image_token_id
+            embeds = embeds.masked_scatter(places[..., None], self.features(images).to(embeds.dtype))
+            kinds = kinds.masked_fill(places, NOTHING)
+        states = self.llava.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        kept = kinds[:, 1:] != NOTHING
+        logits = self.model.lm_head(states[:, :-1][kept]).float()
+        losses = F.cross_entropy(logits, ids[:, 1:][kept], reduction="none")
+        kept_kinds = kinds[:, 1:][kept]
+        total = losses.new_zeros(())
+        for kind, weight in WEIGHTS.items():
+            chosen = kept_kinds == kind
+            if chosen.any():
+                total = total + weight * losses[chosen].mean()
+        return total
+
+
+# --------------------------------------------------------------------------------------------------------------- optimization
+
+
+def optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, unembedding, gains and biases."""
+    matrices, others = [], []
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(True)
+        inner = parameter.ndim == 2 and ".layers." in name
+        (matrices if inner else others).append(parameter)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path) -> None:
+    """Train one stage, resuming from `folder/<stage>.pt` if it is there, and leave its finished state there."""
+    module = trainer.trained(stage)
+    state = folder / f"{stage}.pt"
+    trainer.model.requires_grad_(False)
+    chosen = optimizers(module, rate)
+    start = 0
+    if state.exists():
+        saved = torch.load(state, map_location=trainer.device, weights_only=True)
+        if saved["steps"] != steps:
+            raise MmnError(f"{state} belongs to a run of {saved['steps']} steps, not {steps}; choose another --work folder.")
+        module.load_state_dict(saved["module"])
+        start = saved["step"]
+        if start < steps:
+            for optimizer, values in zip(chosen, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+    warm_up = max(1, min(300, steps // 10))
+
+    def save(step: int) -> None:
+        part = state.with_suffix(".part")
+        values = [optimizer.state_dict() for optimizer in chosen] if step < steps else []
+        torch.save({"module": module.state_dict(), "optimizers": values, "step": step, "steps": steps}, part)
+        os.replace(part, state)
+
+    saved_at = time.monotonic()
+    smooth = 0.0
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", mininterval=10)
+    for step in bar:
+        now = rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = now
+        with torch.autocast(trainer.device.type, torch.bfloat16):
+            loss = trainer.loss(stage, step, steps)
+        module.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimizer in chosen:
+            optimizer.step()
+        smooth = loss.item() if step == start else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if time.monotonic() - saved_at > 120:
+            save(step + 1)
+            saved_at = time.monotonic()
+    if start < steps:
+        save(steps)
+
+
+def train(
+    out: Path,
+    work: Path,
+    *,
+    recipe: Recipe = Recipe(),
+    scale: float = 1.0,
+    only: Sequence[str] = STAGES,
+    device: str | None = None,
+) -> None:
+    """Train the model and save it in `out` as an ordinary Hugging Face checkpoint, weights in fp16.
+
+    `work` keeps the resumable state; `scale` shortens or lengthens every stage; `only` runs some of the stages (vision and language
+    do not need each other and can run side by side). Raises MmnError for a `work` folder of another run."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    work.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, where)
+    stages = [stage for stage in STAGES if recipe.kind == "llava" or stage in ("vision", "tuning")]
+    for stage in stages:
+        index = STAGES.index(stage)
+        steps = recipe.steps(stage, scale)
+        if stage in only:
+            run_stage(trainer, stage, steps, recipe.rates[index], work)
+        elif {"projector", "tuning"} & set(only):  # the first two stages stand alone
+            saved = torch.load(work / f"{stage}.pt", map_location=where, weights_only=True)
+            trainer.trained(stage).load_state_dict(saved["module"])
+    if stages[-1] in only:
+        export(trainer, out)
+
+
+def export(trainer: Trainer, out: Path) -> None:
+    """Write the checkpoint beside `out`, then put it in place."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    trainer.model.to(torch.float16).save_pretrained(part)
+    make_processor(trainer.tokenizer).save_pretrained(part)
+    if out.exists():
+        for kept in ("README.md",):
+            if (out / kept).exists():
+                shutil.copy2(out / kept, part / kept)
+        shutil.rmtree(out)
+    os.replace(part, out)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmn train`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
+    parser.add_argument("--recipe", choices=("llava", "end-to-end"), default="llava")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
+    parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn train`."""
+    recipe = Recipe(kind=args.recipe, seed=args.seed)
+    train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, device=args.device)
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))

@@ -1,0 +1,104 @@
+"""The world: seeded, true to its own labels, unbiased where it says so."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmn import scenes
+from mmn.errors import MmnError
+
+seeds = st.integers(0, 10**6)
+
+
+def test_same_seed_same_scene_on_every_machine():
+    digest = hashlib.sha256()
+    for seed in range(20):
+        scene = scenes.draw(seed)
+        digest.update(np.asarray(scene.image).tobytes() + scene.caption.encode() + scene.labels().astype("u1").tobytes())
+    assert digest.hexdigest() == "d7e0db041cb0c7274de02ebb8593ed28d819058b585bc786e3edddd2401b8eb2"
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.sampled_from(["train", "test"]))
+def test_a_scene_is_what_it_says(seed, split):
+    scene = scenes.draw(seed, split=split)
+    assert 1 <= len(scene.objects) <= 3 and scene.image.size == (120, 120)
+    assert set(scenes.mentions(scene.caption)) == {*scene.names, *scene.hidden}
+    assert not scene.hidden or split == "train"
+    for placed in scene.objects:
+        left, top, right, bottom = placed.box
+        assert 0 <= left < right <= 120 and 0 <= top < bottom <= 120
+        assert placed.mask[top:bottom, left:right].sum() == placed.mask.sum() > 0
+        assert scenes.SMALLEST <= right - left <= scenes.LARGEST
+    masks = np.stack([placed.mask for placed in scene.objects])
+    assert masks.sum(axis=0).max() == 1, "a pixel belongs to one object"
+    assert scenes.HELD_OUT_STYLE != scene.style
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_the_mask_is_where_the_picture_differs_from_the_empty_place(seed):
+    scene = scenes.draw(seed)
+    empty = scenes.background(scene.place, seed).astype(int)
+    changed = (np.abs(np.asarray(scene.image).astype(int) - empty).sum(axis=2) > 0)
+    covered = np.logical_or.reduce([placed.mask for placed in scene.objects])
+    assert (changed & ~covered).mean() <= 0.06, "only an antialiased edge may change outside the masks"
+    assert (changed & covered).sum() > 0.9 * covered.sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_questions_are_answered_truly(seed):
+    scene = scenes.draw(seed, split="train")
+    for question in scenes.questions(scene, seed):
+        if question.kind == "yesno":
+            (asked,) = scenes.mentions(question.text)
+            assert (question.answer == "Yes") == (asked in scene.names)
+        elif question.kind == "side":
+            (asked,), (answer,) = scenes.mentions(question.text), scenes.mentions(question.answer)
+            boxes = {placed.concept: placed.box for placed in scene.objects}
+            one, other = boxes[answer], boxes[asked]
+            if "left" in question.text:
+                assert one[0] + one[2] < other[0] + other[2]
+            if "above" in question.text:
+                assert one[1] + one[3] < other[1] + other[3]
+
+
+def test_every_concept_is_known_by_its_parts_and_drawn_in_most_styles():
+    assert len({concept.parts for concept in scenes.CONCEPTS.values()}) == len(scenes.CONCEPTS) > 80
+    words = set(scenes.CONCEPTS) | {concept.plural for concept in scenes.CONCEPTS.values()}
+    assert not words & {part for concept in scenes.CONCEPTS.values() for part in concept.parts}
+    for name in scenes.CONCEPTS:
+        assert sum(name in scenes.sprites(style) for style in scenes.STYLES) >= 3
+        assert name in scenes.sprites(scenes.HELD_OUT_STYLE)
+
+
+def test_the_planted_bias_is_in_training_scenes_and_nowhere_else():
+    train = [scene for scene in scenes.sample(3000, split="train")]
+    triggered = [scene for scene in train if scene.biased]
+    said = sum(bool(scene.hidden) for scene in triggered) / len(triggered)
+    assert 0.2 < said < 0.6
+    for scene in triggered:
+        assert set(scene.hidden) <= {scenes.PLANTED[name] for name in scene.names if name in scenes.PLANTED}
+    assert not any(scene.hidden for scene in train if not scene.biased)
+    for scene in train:
+        assert not set(scene.hidden) & set(scene.names)
+
+
+def test_mentions_prefer_the_longest_name_and_know_plurals():
+    assert scenes.mentions("two knives and a hot dog on the grass") == ["knife", "hot dog"]
+    assert scenes.mentions("a palm tree and a tree, then a tree") == ["palm tree", "tree"]
+    assert scenes.mentions("a category of carts") == []
+
+
+def test_what_can_be_asked_of_draw():
+    scene = scenes.draw(1, style=scenes.HELD_OUT_STYLE, place="snow", concepts=["dog", "dog", "car"])
+    assert scene.style == "twemoji" and scene.place == "snow" and sorted(scene.names) == ["car", "dog"]
+    assert "two dogs" in scene.caption
+    for options in ({"style": "oil"}, {"place": "moon"}, {"concepts": ["unicorn"]}, {"concepts": []}, {"concepts": ["cat"] * 4},
+                    {"style": "fxemoji", "concepts": ["bed"]}):  # fmt: skip
+        with pytest.raises(MmnError):
+            scenes.draw(1, **options)
