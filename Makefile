@@ -1,0 +1,46 @@
+# make book   build the book into book/_build/html      make lab      open the chapters in JupyterLab
+# make test   run every test                            make refresh  run the chapters again and store their outputs
+# Each makes .venv first, once; all it needs is Python 3.11.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+HTML := book/_build/html
+CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+# The pages depend on this code and data, which the cache of executed chapters does not look at.
+SOURCES := $(wildcard mmn/*.py) $(shell find data -type f 2>/dev/null) constraints.txt
+
+.PHONY: book lab test refresh clean
+.DEFAULT_GOAL := book
+
+.venv/ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make needs Python 3.11: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	touch $@
+
+book/_build/sources: $(SOURCES)
+	rm -rf book/_build/.jupyter_cache
+	mkdir -p book/_build
+	touch $@
+
+book: .venv/ready book/_build/sources
+	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -nW --keep-going
+	@echo "The book is in $(HTML)/index.html"
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests notebooks \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+# make refresh                the chapters
+# make refresh CHAPTERS=...   these only
+# make refresh TABLES=1       also the slow tables of data/results/ (hours)
+refresh: .venv/ready
+	$(if $(TABLES),$(BIN)/mmn tables --refresh)
+	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
+	$(BIN)/ruff format --quiet $(CHAPTERS)
+
+clean:
+	rm -rf .venv book/_build
