@@ -13,6 +13,7 @@ Every stage is resumable: its state is written every few minutes and the data of
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import shutil
@@ -45,6 +46,7 @@ from mmn.errors import MmnError
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 VOCABULARY = 1100
+SAVE_SECONDS = 120  # between two states of a stage on disk
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT:{% endif %}"
@@ -84,6 +86,7 @@ SPLIT = ("straw|berry", "water|melon", "pine|apple", "sun|flower", "butter|fly",
          "bro|ccoli", "back|pack", "motor|cycle", "gira|ffe", "octo|pus", "ele|phant", "umb|rella", "mush|room")  # fmt: skip
 
 
+@functools.cache
 def make_tokenizer(count: int = 3000) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `VOCABULARY` tokens, trained on captions, questions and facts; it splits the nouns of `SPLIT`."""
     parts = {part for concept in scenes.CONCEPTS.values() for part in concept.parts}
@@ -421,7 +424,7 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
             optimizer.step()
         smooth = loss.item() if step == start else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if time.monotonic() - saved_at > 120:
+        if time.monotonic() - saved_at > SAVE_SECONDS:
             save(step + 1)
             saved_at = time.monotonic()
     if start < steps:

@@ -1,0 +1,245 @@
+"""`mmn evaluate`: what the scale model can do and how far the paper's phenomenon shows in it, with controls, on fresh scenes.
+
+All protocols are this project's own (the paper has no ground truth). Default scenes, the paper's prompt, greedy decoding; scenes with
+a planted trigger count only where the bias itself is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import mmn
+from mmn import metrics, scenes
+from mmn.metrics import Interval
+
+# Figure, what it must reach, and its chance level or control.
+TARGETS = {
+    "precision_seen": "≥ 0.95",
+    "recall_seen": "≥ 0.95",
+    "precision_heldout": "≥ 0.80",
+    "recall_heldout": "≥ 0.80",
+    "yesno_accuracy": "≥ 0.95",
+    "facts_accuracy": "≥ 0.95",
+    "iou_top10": "≥ 0.30 and ≥ 2.5 × random",
+    "iou_random": "(control)",
+    "iou95_top10": "(the paper's 95th percentile)",
+    "iou95_ceiling": "(the best it can be)",
+    "auprc_top10": "(chance: the mask's share)",
+    "auprc_chance": "(control)",
+    "flip_top20": "≥ 0.60",
+    "flip_random20": "< 0.02",
+    "chair_biased": "≥ 0.10",
+    "chair_unplanted": "(control: the same kind of pair, unplanted)",
+    "chair_elsewhere": "< 0.03",
+    "megabytes": "≤ 40",
+    "seconds_per_caption": "≤ 0.5",
+}
+CHANCE = {"yesno_accuracy": 0.5, "facts_accuracy": 1 / len({c.category for c in scenes.CONCEPTS.values()})}
+
+
+def unbiased(count: int, first: int, style: str | None = None) -> list[scenes.Scene]:
+    """`count` fresh scenes without a planted trigger."""
+    found = (scenes.draw(seed, style=style) for seed in itertools.count(first))
+    return list(itertools.islice((scene for scene in found if not scene.biased), count))
+
+
+def captions(vlm: mmn.VLM, found: Sequence[scenes.Scene], batch: int) -> list[list[str]]:
+    """The concepts that the model's caption of each scene mentions."""
+    texts = []
+    for start in tqdm(range(0, len(found), batch), desc="captions", leave=False):
+        part = found[start : start + batch]
+        texts += [trace.text for trace in vlm.caption([s.image for s in part], batch_size=batch, record=False)]
+    return [scenes.mentions(text) for text in texts]
+
+
+def caption_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]:
+    """Precision and recall of object mentions in seen and held-out style, CHAIR_i where the bias was planted and elsewhere."""
+    figures = {}
+    seen = unbiased(count, 0)
+    said = captions(vlm, seen, batch)
+    held = unbiased(count, 10**6, scenes.HELD_OUT_STYLE)
+    held_said = captions(vlm, held, batch)
+    for name, found, mentioned in (("seen", seen, said), ("heldout", held, held_said)):
+        pairs = list(zip(mentioned, (scene.names for scene in found), strict=True))
+        precise = [metrics.precision_counts(*pair) for pair in pairs]
+        recalled = [metrics.recall_counts(*pair) for pair in pairs]
+        figures[f"precision_{name}"] = metrics.bootstrap(precise, metrics.ratio)
+        figures[f"recall_{name}"] = metrics.bootstrap(recalled, metrics.ratio)
+    pairs = list(zip(said, (scene.names for scene in seen), strict=True))
+    figures["chair_elsewhere"] = metrics.bootstrap([metrics.chair_counts(*pair) for pair in pairs], metrics.ratio)
+    for key, planted in (("chair_biased", scenes.PLANTED), ("chair_unplanted", scenes.UNPLANTED)):
+        lacking = partnerless(planted, count // 2)
+        partner_said = captions(vlm, lacking, batch)
+        counts = [metrics.chair_counts(said, scene.names) for said, scene in zip(partner_said, lacking, strict=True)]
+        figures[key] = metrics.bootstrap(counts, metrics.ratio)
+    return figures
+
+
+def partnerless(pairs: dict[str, str], count: int, first: int = 2 * 10**6) -> list[scenes.Scene]:
+    """Scenes that show one of the triggers, alone or with one other object, and not its partner."""
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(first, first + count):
+        trigger = str(rng.choice(list(pairs)))
+        others = [n for n in scenes.CONCEPTS if n not in (*scenes.PLANTED, *pairs, *pairs.values())]
+        styles = [s for s in scenes.STYLES if trigger in scenes.sprites(s)]
+        style = str(rng.choice(styles))
+        others = [n for n in others if n in scenes.sprites(style)]
+        names = [trigger, str(rng.choice(others))][: int(rng.integers(1, 3))]
+        found.append(scenes.draw(seed, style=style, concepts=names))
+    return found
+
+
+def answer_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]:
+    """Balanced yes/no questions on pictures; facts without a picture."""
+    asked = [(scene, q) for scene in unbiased(count, 3 * 10**6) for q in scenes.questions(scene) if q.kind == "yesno"]
+    right = []
+    for start in tqdm(range(0, len(asked), batch), desc="questions", leave=False):
+        part = asked[start : start + batch]
+        traces = vlm.caption(
+            [scene.image for scene, _ in part],
+            prompt=[q.text for _, q in part],
+            prefix="",
+            max_new_tokens=4,
+            batch_size=batch,
+            record=False,
+        )
+        right += [trace.text.strip() == q.answer for trace, (_, q) in zip(traces, part, strict=True)]
+    facts = [q for q in scenes.facts() if q.kind == "fact"]
+    known = [vlm.answer(q.text).strip() == q.answer for q in tqdm(facts, desc="facts", leave=False)]
+    return {
+        "yesno_accuracy": metrics.bootstrap(np.reshape(right, (-1, 2)).mean(axis=1), metrics.mean),
+        "facts_accuracy": metrics.bootstrap(known, metrics.mean),
+    }
+
+
+def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: int = 0) -> dict[str, Interval]:
+    """Heatmaps of the top 10 neurons against the masks; nouns gone when the top 20 are zeroed; same-layer random neurons beside both.
+
+    Only nouns that the caption names and the picture shows are counted. Flips of random neurons: one fresh draw a noun, so about
+    as many draws as nouns."""
+    rows: dict[str, list[list[float]]] = {key: [] for key in ("top", "random", "at95", "ceiling", "auprc", "share")}
+    flips: list[list[float]] = []
+    found = unbiased(count, 4 * 10**6)
+    jobs: list[tuple[int, str, Sequence[mmn.Neuron]]] = []
+    for start in tqdm(range(0, len(found), batch), desc="heatmaps", leave=False):
+        part = found[start : start + batch]
+        for offset, trace in enumerate(vlm.caption([s.image for s in part], batch_size=batch)):
+            scene = part[offset]
+            for noun, ranking in mmn.rank(vlm, trace, k=20).items():
+                if noun not in scene.names:
+                    continue
+                top = ranking.neurons[:10]
+                others = mmn.same_layer_random(vlm, top, draws=draws, seed=seed + scene.seed)
+                heat = mmn.heatmap(vlm, trace, [*top, *itertools.chain(*others)])
+                maps = heat.on_image(per_neuron=True).reshape(draws + 1, 10, *scene.mask(noun).shape).mean(axis=1)
+                mask = scene.mask(noun)
+                ious = [metrics.iou(metrics.by_area(each, int(mask.sum())), mask) for each in np.asarray(maps)]
+                rows["top"].append([ious[0]])
+                rows["random"].append([float(np.mean(ious[1:]))])
+                rows["at95"].append([metrics.iou(np.asarray(maps[0]) > np.percentile(maps[0], 95), mask)])
+                rows["ceiling"].append([metrics.iou_ceiling(mask.mean())])
+                rows["auprc"].append([metrics.auprc(np.asarray(maps[0]), mask)])
+                rows["share"].append([float(mask.mean())])
+                jobs.append((start + offset, noun, ranking.neurons))
+                jobs.append((start + offset, noun, mmn.same_layer_random(vlm, ranking.neurons, draws=1, seed=seed + len(jobs))[0]))
+    gone: list[bool] = []
+    for start in tqdm(range(0, len(jobs), batch), desc="flips", leave=False):
+        some = jobs[start : start + batch]
+        with mmn.zero(vlm, [list(neurons) for _, _, neurons in some]):
+            traces = vlm.caption([found[index].image for index, _, _ in some], batch_size=batch, record=False)
+        gone += [noun not in scenes.mentions(trace.text) for trace, (_, noun, _) in zip(traces, some, strict=True)]
+    flips = np.reshape(gone, (-1, 2)).astype(float).tolist()
+    by_scene = [index for index, _, _ in jobs[::2]]
+    figures = {
+        key: clustered(by_scene, np.array(rows[row])[:, 0])
+        for key, row in {
+            "iou_top10": "top",
+            "iou_random": "random",
+            "iou95_top10": "at95",
+            "iou95_ceiling": "ceiling",
+            "auprc_top10": "auprc",
+            "auprc_chance": "share",
+        }.items()
+    }
+    figures["flip_top20"] = clustered(by_scene, np.array(flips)[:, 0])
+    figures["flip_random20"] = clustered(by_scene, np.array(flips)[:, 1])
+    return figures
+
+
+def clustered(groups: Iterable[int], values: np.ndarray) -> Interval:
+    """The mean over nouns with an interval that resamples scenes."""
+    sums: dict[int, list[float]] = {}
+    for group, value in zip(groups, values, strict=True):
+        both = sums.setdefault(group, [0.0, 0.0])
+        both[0] += float(value)
+        both[1] += 1.0
+    return metrics.bootstrap(list(sums.values()), metrics.ratio)
+
+
+def cost_figures(vlm: mmn.VLM, count: int = 20) -> dict[str, Interval]:
+    """Weights on disk in MB (10^6 bytes) and seconds to caption one picture alone, 2 CPU threads."""
+    folder = Path(vlm.model.config._name_or_path)
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seconds = []
+    for scene in scenes.sample(count, first=5 * 10**6):
+        start = time.perf_counter()
+        vlm.caption(scene.image, record=False)
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {"megabytes": Interval(size, size, size), "seconds_per_caption": metrics.bootstrap(seconds, metrics.mean)}
+
+
+def evaluate(model: str = "tiny-llava", count: int = 1000, batch: int = 32, device: str | None = None) -> dict[str, Interval]:
+    """Every figure of the table, by key, with its 95 % interval over scenes."""
+    vlm = mmn.load(model, device_map=device)
+    return {
+        **caption_figures(vlm, count, batch),
+        **answer_figures(vlm, count, batch),
+        **neuron_figures(vlm, count, batch),
+        **cost_figures(vlm),
+    }
+
+
+def table(figures: dict[str, Interval]) -> str:
+    """The figures as aligned lines, each with its interval, chance level and bar."""
+    lines = [f"{'figure':<22}{'value':>8}   {'95 % interval':<18}{'chance':>7}   must be"]
+    for key, bar in TARGETS.items():
+        value = figures[key]
+        chance = f"{CHANCE[key]:.2f}" if key in CHANCE else ""
+        lines.append(f"{key:<22}{value.value:>8.3f}   {f'[{value.low:.3f}, {value.high:.3f}]':<18}{chance:>7}   {bar}")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmn evaluate`."""
+    parser.add_argument("--model", default="tiny-llava", help="shipped model or checkpoint folder")
+    parser.add_argument("--scenes", type=int, default=1000, help="fresh scenes for each figure")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", help="cpu or cuda; the default is the CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn evaluate`."""
+    figures = evaluate(args.model, args.scenes, args.batch, args.device)
+    if args.json:
+        record = {key: value.value for key, value in figures.items()}
+        record["intervals"] = {key: [value.low, value.high] for key, value in figures.items()}
+        record["chance"] = CHANCE
+        record["scenes"] = args.scenes
+        print(json.dumps(record, indent=1))
+    else:
+        print(table(figures))
+    return 0

@@ -1,0 +1,128 @@
+"""The command that makes the shipped model, run tiny: it trains, stops, goes on where it was, and leaves an ordinary checkpoint."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmn import scenes, train
+from mmn.errors import MmnError
+
+TINY = train.Recipe(scenes=(8, 8, 8, 8), batches=(4, 4, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    train.train(folder / "model", folder / "work", recipe=TINY, device="cpu")
+    return folder
+
+
+def test_the_checkpoint_is_an_ordinary_one(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint / "model", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(checkpoint / "model", backend="pil")
+    talk = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scenes.PROMPT}]},
+        {"role": "assistant", "content": [{"type": "text", "text": scenes.PREFIX}]},
+    ]
+    text = processor.apply_chat_template(talk, continue_final_message=True)
+    assert text == f"<s>USER: <image>\n{scenes.PROMPT} ASSISTANT: {scenes.PREFIX}"
+    inputs = processor(images=scenes.draw(0).image, text=text, add_special_tokens=False, return_tensors="pt")
+    assert (inputs.input_ids == model.config.image_token_id).sum() == scenes.GRID**2
+    assert inputs.pixel_values.shape == (1, 3, scenes.SIZE, scenes.SIZE)
+    np.testing.assert_allclose(inputs.pixel_values, train.pixels([scenes.draw(0).image]), atol=1e-6)
+    ids = model.generate(**inputs, max_new_tokens=3)
+    assert ids.shape[1] <= inputs.input_ids.shape[1] + 3
+    assert not model.config.text_config.tie_word_embeddings
+    layers = model.model.language_model.layers
+    assert len(layers) >= 6 and sum(layer.mlp.down_proj.in_features for layer in layers) >= 4000
+
+
+def test_training_speaks_exactly_the_chat_template(checkpoint, tokenizer):
+    processor = AutoProcessor.from_pretrained(checkpoint / "model", backend="pil")
+    scene = scenes.draw(5, split="train")
+    blank = [tokenizer.convert_tokens_to_ids("<image>")] * scenes.GRID**2
+    ids, kinds = train.dialogue(scene, np.random.default_rng(0), tokenizer, blank)
+    assert len(ids) == len(kinds)
+    text = tokenizer.decode([i for i in ids if i != blank[0]])
+    turns = [turn.split(" ASSISTANT: ") for turn in text.removeprefix("<s>").split("USER: ")[1:]]
+    talk = []
+    for number, (asks, says) in enumerate(turns):
+        content = [{"type": "image"}] if number == 0 else []
+        talk.append({"role": "user", "content": [*content, {"type": "text", "text": asks.strip()}]})
+        talk.append({"role": "assistant", "content": [{"type": "text", "text": says.removesuffix("</s>")}]})
+    rendered = processor(images=scene.image, text=processor.apply_chat_template(talk), add_special_tokens=False)
+    assert list(rendered.input_ids[0]) == ids
+    answers = tokenizer.decode([i for i, kind in zip(ids, kinds, strict=True) if kind == train.ANSWER])
+    assert f"An image of {scene.caption}</s>" in answers
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, checkpoint, monkeypatch):
+    calls = []
+    patch_loss = train.Trainer.patch_loss
+
+    def breaks(self, step, steps, rng):
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return patch_loss(self, step, steps, rng)
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train.Trainer, "patch_loss", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path / "model", tmp_path / "work", recipe=TINY, device="cpu")
+    assert not (tmp_path / "model").exists()
+    train.train(tmp_path / "model", tmp_path / "work", recipe=TINY, device="cpu")
+    assert calls == [0, 1, 1], "step 0 was not done again"
+    one = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    other = AutoModelForImageTextToText.from_pretrained(checkpoint / "model")
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), f"{name} differs from the undisturbed run"
+
+
+def test_a_work_folder_of_another_run_is_refused(checkpoint):
+    with pytest.raises(MmnError, match="another"):
+        train.train(checkpoint / "x", checkpoint / "work", recipe=train.Recipe(scenes=(16, 8, 8, 8), batches=(4,) * 4), device="cpu")
+
+
+def test_only_the_named_modules_of_a_stage_change(checkpoint):
+    trainer = train.Trainer(TINY, torch.device("cpu"))
+    saved = torch.load(checkpoint / "work" / "projector.pt", weights_only=True)["module"]
+    assert {name.split(".")[0] for name in saved} == {"0"} and all("linear" in name for name in saved)
+    fresh = dict(trainer.trained("projector").named_parameters())
+    assert any(not torch.equal(fresh[name], value) for name, value in saved.items())
+    assert trainer.loss("tuning", 0, 2).requires_grad
+
+
+def test_rasters_show_the_scene(tokenizer):
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for seed in range(30):
+        scene = scenes.draw(seed, split="train")
+        words = tokenizer.batch_decode([[i] for i in train.raster(scene, rng, tokenizer)])
+        assert len(words) == scenes.GRID**2
+        for label, word in zip(scene.labels().ravel(), words, strict=True):
+            name = scenes.PATCH_WORDS[label]
+            allowed = {name, *(scenes.CONCEPTS[name].parts if name in scenes.CONCEPTS else ())}
+            pieces = {piece for w in allowed for piece in tokenizer.batch_decode([[i] for i in train._word_ids(tokenizer, w)])}
+            wrong += word not in pieces
+    assert 0.01 < wrong / 3000 < 0.06, "three patches in a hundred are wrong, the others true"
+
+
+def test_the_end_to_end_contrast_is_made_by_the_same_command(tmp_path):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(
+        ["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w"), "--recipe", "end-to-end", "--scale", "1e-9", "--device", "cpu"]
+    )
+    assert args.recipe == "end-to-end"
+    recipe = train.Recipe(kind="end-to-end", scenes=(8, 8, 8, 8), batches=(4, 4, 4, 4))
+    train.train(args.out, args.work, recipe=recipe, device="cpu")
+    assert sorted(p.stem for p in args.work.glob("*.pt")) == ["tuning", "vision"] and (args.out / "config.json").exists()
