@@ -25,9 +25,7 @@ class Interval(NamedTuple):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap(
-    rows: Sequence | np.ndarray, statistic: Callable[[np.ndarray], float], draws: int = 1000, seed: int = 0
-) -> Interval:
+def bootstrap(rows: Sequence | np.ndarray, statistic: Callable[[np.ndarray], float], draws: int = 1000, seed: int = 0) -> Interval:
     """`statistic(rows)` with its percentile interval; a row is one scene, `[rows, ...]`, so that scenes are resampled, never tokens.
 
     Raises MmnError for no rows."""

@@ -98,9 +98,7 @@ def _concepts() -> dict[str, Concept]:
         *words, category, one, two, three, frequency = entry.split()
         name = " ".join(words).rstrip("!")
         plural = _PLURALS.get(name, name + "s")
-        concepts[name] = Concept(
-            name, plural, category, (one, two, three), int(frequency), words[-1].endswith("!")
-        )
+        concepts[name] = Concept(name, plural, category, (one, two, three), int(frequency), words[-1].endswith("!"))
     return concepts
 
 
@@ -339,9 +337,7 @@ def _check(concepts: Sequence[str], art: dict[str, Image.Image], style: str) -> 
             raise MmnError(f"The style {style!r} has no picture of {name!r}; choose another style or concept.")
 
 
-def _plant(
-    rng: np.random.Generator, names: list[str], art: dict[str, Image.Image]
-) -> tuple[list[str], tuple[str, ...]]:
+def _plant(rng: np.random.Generator, names: list[str], art: dict[str, Image.Image]) -> tuple[list[str], tuple[str, ...]]:
     """Training only: put planted triggers in more scenes; say their partner in two scenes of three, draw it in one of three."""
     if rng.random() < BIAS_SHARE and not set(names) & set(PLANTED):
         names[0] = str(rng.choice([name for name in PLANTED if name in art]))
@@ -372,9 +368,7 @@ def side(one: Placed, other: Placed) -> str | None:
     return None
 
 
-def write_caption(
-    rng: np.random.Generator, objects: Sequence[Placed], place: str, hidden: Sequence[str] = ()
-) -> str:
+def write_caption(rng: np.random.Generator, objects: Sequence[Placed], place: str, hidden: Sequence[str] = ()) -> str:
     """A sentence that names every object, largest first, e.g. `a cat to the left of two cars on the beach`."""
     counts: dict[str, int] = {}
     for placed in objects:
@@ -422,17 +416,21 @@ def facts() -> list[Question]:
     return found
 
 
-_MENTION = re.compile(
-    r"\b("
-    + "|".join(sorted({form for c in CONCEPTS.values() for form in (c.name, c.plural)}, key=len, reverse=True))
-    + r")\b"
+MENTION = re.compile(
+    r"\b(" + "|".join(sorted({form for c in CONCEPTS.values() for form in (c.name, c.plural)}, key=len, reverse=True)) + r")\b",
+    re.IGNORECASE,
 )
 _LEMMA = {form: concept.name for concept in CONCEPTS.values() for form in (concept.plural, concept.name)}
 
 
+def lemma(form: str) -> str:
+    """The concept's name behind a singular or plural form that `MENTION` found."""
+    return _LEMMA[form.lower()]
+
+
 def mentions(text: str) -> list[str]:
     """The concepts a text names, each once, in order: plurals count, the longest name wins (`hot dog` is no dog)."""
-    return list(dict.fromkeys(_LEMMA[found] for found in _MENTION.findall(text.lower())))
+    return list(dict.fromkeys(lemma(found) for found in MENTION.findall(text)))
 
 
 def sample(count: int, *, split: Split = "test", first: int = 0, style: str | None = None) -> Iterator[Scene]:

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="default",
-        image_seq_length=scenes.GRID**2, tie_word_embeddings=False, **ids,
+        image_seq_length=scenes.GRID**2, tie_word_embeddings=False, mmn_world="scenes", **ids,
     )  # fmt: skip
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")  # fastest on a CPU at this size
     model.generation_config = GenerationConfig(max_new_tokens=50, do_sample=False, **ids)
