@@ -1,0 +1,258 @@
+"""The command line: `mmn explain PICTURE` does the job of the book's tour; the other commands are fronts of their modules.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`, imported when it is called for. Bad input is one sentence
+on standard error and exit code 2; Ctrl-C is exit code 130; in both cases nothing half-written stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tqdm.auto import tqdm
+
+from mmn.errors import MmnError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
+
+    import mmn
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "explain": ("mmn.cli", "caption a picture, find the neurons behind each noun, draw where they fire"),
+    "train": ("mmn.train", "train the scale model"),
+    "evaluate": ("mmn.evaluate", "measure a model on fresh scenes, with chance levels and random controls"),
+    "bench": ("mmn.bench", "time what recording and ranking cost"),
+    "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),
+    "families": ("mmn.families", "list the model families that were tried, and what was found"),
+}
+RECORD = "explain.json"  # marks a folder as one that `mmn explain` made and may replace
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, with one sentence in place of the usage and the sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message[:1].upper()}{message[1:].rstrip('.')}; see {self.prog} --help.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 when it did its job, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in words if not word.startswith("-")), "")
+    try:
+        args = _parser(command).parse_args(words)
+        return int(args.run(args))
+    except MmnError as error:
+        print(f"mmn {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mmn {command}: interrupted; nothing was left half-written.", file=sys.stderr)
+        return 130
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = Parser(prog="mmn", description="Find, understand and edit multi-modal neurons in vision-language models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, purpose) in COMMANDS.items():
+        front = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        if name == command:  # the others stay unimported: torch takes seconds
+            if importlib.util.find_spec(module) is None:
+                raise MmnError(f"This installation has no {module}; update it, or leave `mmn {name}` out.")
+            home = importlib.import_module(module)
+            home.add_arguments(front)
+            front.set_defaults(run=home.run)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------- explain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mmn explain`."""
+    parser.add_argument("picture", nargs="?", default="", metavar="PICTURE", help="a picture file; without one, a synthetic scene")
+    parser.add_argument("--noun", action="append", help="a noun of the caption, may be repeated (default: all of them)")
+    parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=10, help="neurons per noun (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which synthetic scene (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: out/<name of the picture>)")
+    parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
+    parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Caption a picture and write caption, ranking and figures; raises MmnError for bad input."""
+    if args.top_k < 1:
+        raise MmnError(f"--top-k is the number of neurons per noun, at least 1, not {args.top_k}.")
+    out = args.out or Path("out") / (Path(args.picture).stem or f"scene-{args.seed}")
+    with replaced(out) as folder, tqdm(total=5, desc="loading", unit="step", disable=None) as bar:
+
+        def step(name: str) -> None:
+            bar.update()
+            bar.set_description(name)
+
+        record = explain(args, folder, step)
+        bar.update()
+    print(record["caption"])
+    for noun in record["nouns"]:
+        neurons = ", ".join(f"L{n['layer']}.{n['unit']}" for n in noun["neurons"][:5])
+        print(f"  {noun['noun']}: {neurons}{', ...' if len(noun['neurons']) > 5 else ''}")
+    print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return 0
+
+
+def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None]) -> dict[str, Any]:
+    """Do the work of `mmn explain`, write it into `folder`, and return the record that explain.json holds."""
+    import pandas as pd
+
+    import mmn
+
+    image = read_picture(args.picture, args.seed)
+    vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
+    step("captioning")
+    trace = vlm.caption(image)
+    step("ranking")
+    rankings = mmn.rank(vlm, trace, k=args.top_k)
+    wanted = [trace.noun(noun).lemma for noun in args.noun] if args.noun else list(rankings)
+    tables: list[pd.DataFrame] = []
+    nouns = []
+    step("drawing")
+    for noun in wanted:
+        table = tabulate(vlm, noun, rankings[noun])
+        draw(vlm, trace, image, noun, table, folder)
+        tables.append(table)
+        nouns.append({"noun": noun, "neurons": table.drop(columns="noun").to_dict("records")})
+    step("writing")
+    record = {
+        "caption": trace.text,
+        "picture": Path(args.picture).name or f"synthetic scene {args.seed}",
+        "prompt": mmn.PROMPT,
+        "prefix": mmn.PREFIX,
+        "model": vlm.name,
+        "model_hash": vlm.hash,
+        "top_k": args.top_k,
+        "nouns": nouns,
+        "versions": {name: version(name) for name in ("mmn", "torch", "transformers")} | {"python": platform.python_version()},
+    }
+    (folder / "caption.txt").write_text(trace.text + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    columns = ["noun", "rank", "layer", "unit", "score", "tokens"]
+    ranking = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
+    ranking.assign(tokens=[" | ".join(t) for t in ranking["tokens"]]).to_csv(folder / "ranking.csv", index=False)
+    return record
+
+
+def read_picture(picture: str, seed: int) -> Image.Image:
+    """The picture in a file, or a synthetic scene if `picture` is empty."""
+    import mmn
+    from mmn import scenes
+
+    return mmn.open_image(picture) if picture else scenes.draw(seed).image
+
+
+def tabulate(vlm: mmn.VLM, noun: str, ranking: mmn.NeuronRanking) -> pd.DataFrame:
+    """One row a neuron: noun, rank from 1, layer, unit, score, and the tokens it writes."""
+    import pandas as pd
+
+    import mmn
+
+    written = mmn.top_tokens(vlm, ranking.neurons, k=10)["tokens"]
+    rows = [
+        {"noun": noun, "rank": place, "layer": neuron.layer, "unit": neuron.unit, "score": float(score), "tokens": list(tokens)}
+        for place, (neuron, score, tokens) in enumerate(zip(ranking.neurons, ranking.scores, written, strict=True), start=1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def draw(
+    vlm: mmn.VLM,
+    trace: mmn.Trace,
+    image: Image.Image,
+    noun: str,
+    table: pd.DataFrame,
+    folder: Path,
+) -> None:
+    """Write the two figures of a noun: where its neurons fire on average, and each neuron with what it writes."""
+    from matplotlib.figure import Figure
+
+    import mmn
+    from mmn import plots
+
+    found = [mmn.Neuron(layer, unit) for layer, unit in zip(table["layer"], table["unit"], strict=True)]
+    heat = mmn.heatmap(vlm, trace, found)
+    name = re.sub(r"\W+", "-", noun)
+    mean = Figure(figsize=(4, 4), layout="constrained")
+    plots.heatmap(image, heat.on_image(), heat.mask(), mean.subplots(), f"{noun}: mean of {len(found)} neurons")
+    mean.savefig(folder / f"{name}-heatmap.png", dpi=150)
+    shown = min(len(found), 10)
+    each = Figure(figsize=(9, 2.7 * -(-shown // 5)), layout="constrained")
+    axes = each.subplots(-(-shown // 5), 5, squeeze=False).ravel().tolist()
+    for spare in axes[shown:]:
+        spare.set_axis_off()
+    plots.neurons(image, heat.grid[:shown], [str(n) for n in found[:shown]], table["tokens"][:shown], axes[:shown])
+    each.savefig(folder / f"{name}-neurons.png", dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole or not at all
+
+
+@contextmanager
+def replaced(out: Path) -> Iterator[Path]:
+    """A fresh folder that becomes `out` when the block ends well and vanishes when it does not.
+
+    An older result of this command in `out` stays until the new one is whole. Raises MmnError where `out` holds anything else, or
+    cannot be written."""
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECORD).exists())):
+        raise MmnError(f"{out} exists and is no result of this command; choose another --out.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise MmnError(f"Nothing can be written to {out.parent} ({error.strerror}); choose another --out.") from error
+    try:
+        yield fresh
+        fresh.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        _swap(fresh, out)
+    except OSError as error:
+        if error.errno is None:  # not of this machine's files
+            raise
+        raise MmnError(
+            f"The results could not be written to {out} ({error.strerror}); free some space or choose another --out."
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, out: Path) -> None:
+    """Put `fresh` where `out` is; Ctrl-C waits until it is done."""
+    waiting: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        old = fresh.with_name(fresh.name + "-old")
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

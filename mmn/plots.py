@@ -1,0 +1,152 @@
+"""Figures: each function draws one thing on matplotlib axes, makes its own if it gets none, and returns them.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; nothing is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import font_manager, ft2font
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from mmn.errors import MmnError
+
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
+HEAT = "magma"  # even steps of lightness: reads in grey, too
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """The characters that matplotlib's default font can draw."""
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+    return frozenset(font.get_charmap())
+
+
+def label(text: str) -> str:
+    """`text` as matplotlib can draw it: one line, no maths, and a box for each character that the font lacks."""
+    visible = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if ord(c) in _glyphs() else "□" for c in visible).replace("$", r"\$")
+
+
+def _axes(ax: Axes | None, width: float = 3.2, height: float = 3.2) -> Axes:
+    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def picture(image: Image.Image, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw a picture, without ticks."""
+    ax = _axes(ax)
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(label(title), fontsize=9)
+    return ax
+
+
+def heatmap(
+    image: Image.Image,
+    values: ArrayLike,
+    mask: ArrayLike | None = None,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Draw a picture in grey, `values` over it as heat, and the outline of `mask`.
+
+    `values` is float `[h, w]`, a grid of image tokens or one value a pixel, stretched over the picture (bilinear);
+    `mask` is bool `[H, W]`, pixels of the picture. Raises MmnError if `values` has not two dimensions."""
+    heat = np.asarray(values, dtype=np.float64)
+    if heat.ndim != 2:
+        raise MmnError(f"A heatmap has two dimensions [h, w], not {heat.ndim}: choose one neuron or average over them.")
+    ax = _axes(ax)
+    ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+    width, height = image.size
+    frame = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(heat, cmap=HEAT, alpha=0.6, extent=frame, interpolation="bilinear")
+    if mask is not None and np.asarray(mask).any():
+        # White on black, so that the line shows on any ground.
+        for colour, thickness in (("black", 2.6), ("white", 1.2)):
+            ax.contour(np.asarray(mask, dtype=float), levels=[0.5], colors=colour, linewidths=thickness)
+    ax.set(xticks=[], yticks=[], xlim=frame[:2], ylim=frame[2:])
+    ax.set_title(label(title), fontsize=9)
+    return ax
+
+
+def neurons(
+    image: Image.Image,
+    grids: ArrayLike,
+    names: Sequence[str],
+    tokens: Sequence[Sequence[str]],
+    axes: Sequence[Axes] | None = None,
+    columns: int = 5,
+    words: int = 4,
+) -> Sequence[Axes]:
+    """Small multiples: each neuron's heatmap under its name, over the first `words` tokens it writes.
+
+    `grids` is float `[neurons, h, w]`; `names` and `tokens` have one entry a neuron. Each map has its own scale: what
+    is compared is where a neuron fires, not how strongly. Raises MmnError if the three differ in length."""
+    maps = np.asarray(grids)
+    if not len(maps) == len(names) == len(tokens):
+        raise MmnError(f"There are {len(maps)} heatmaps, {len(names)} names and {len(tokens)} lists of tokens: give one each.")
+    if axes is None:
+        rows = -(-len(maps) // columns)
+        size = (1.75 * columns, (1.8 + 0.2 * words) * rows)
+        grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)[1].ravel().tolist()
+        for spare in grid[len(maps) :]:
+            spare.set_axis_off()
+        axes = grid[: len(maps)]
+    assert axes is not None
+    for ax, heat, name, written in zip(axes, maps, names, tokens, strict=True):
+        heatmap(image, heat, ax=ax, title=name)
+        ax.set_xlabel("\n".join(label(token.strip()) for token in written[:words]), fontsize=8)
+    return axes
+
+
+def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple[str, str] = ("before", "after")) -> Axes:
+    """Write two captions one under the other; words that only one of them has are bold, coloured and underlined."""
+    old, new = before.split(), after.split()
+    kept = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_matching_blocks()
+    same = ({i for m in kept for i in range(m.a, m.a + m.size)}, {i for m in kept for i in range(m.b, m.b + m.size)})
+    ax = _axes(ax, 7.5, 1.1)
+    ax.set_axis_off()
+    for row, (name, words, shared, colour) in enumerate(zip(names, (old, new), same, (BLUE, VERMILION), strict=True)):
+        foot = (0.0, 0.7 - 0.5 * row)
+        ax.annotate(label(name), foot, xycoords="axes fraction", color=GREY, va="bottom")
+        text = ax.annotate("", foot, xycoords="axes fraction", xytext=(48, 0), textcoords="offset points", va="bottom")
+        for i, word in enumerate(words):
+            changed = i not in shared
+            text = ax.annotate(
+                label(word), (1, 0), xycoords=text, xytext=(5, 0), textcoords="offset points",
+                va="bottom", color=colour if changed else "black", weight="bold" if changed else "normal",
+            )  # fmt: skip
+            if changed:  # matplotlib has no underline: an arrow without heads along the word's foot
+                line = {"arrowstyle": "-", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
+                ax.annotate("", (0, -0.05), (1, -0.05), xycoords=text, textcoords=text, arrowprops=line)
+    return ax
+
+
+def zeroing(effects: Mapping[str, tuple[float, Sequence[float]]], ax: Axes | None = None, xlabel: str = "") -> Axes:
+    """Bars: for each noun the effect of zeroing the neurons found, beside that of same-layer random ones.
+
+    `effects` maps a noun to the effect of the neurons found and to those of the random draws. The lower bar is the
+    draws' mean, its whisker their 2.5th to 97.5th percentile, its dots the draws."""
+    ax = _axes(ax, 6.0, 0.9 + 0.7 * len(effects))
+    rows = np.arange(len(effects))
+    for row, (found, draws) in zip(rows, effects.values(), strict=True):
+        low, high = np.percentile(draws, [2.5, 97.5])
+        mean = float(np.mean(draws))
+        ax.barh(row - 0.19, found, 0.34, color=VERMILION, label="neurons found" if row == 0 else None)
+        ax.barh(row + 0.19, mean, 0.34, color=GREY, hatch="//", edgecolor="white",
+                label=f"same-layer random, {len(draws)} draws" if row == 0 else None)  # fmt: skip
+        ax.plot([low, high], [row + 0.19] * 2, color="black", lw=1.4, solid_capstyle="butt")
+        ax.plot(draws, np.full(len(draws), row + 0.19), ".", color="black", ms=3, alpha=0.5)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(yticks=rows, yticklabels=[label(noun) for noun in effects], xlabel=xlabel)
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
