@@ -11,6 +11,8 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 
 import mmn
 from mmn import metrics, scenes
+from mmn.errors import MmnError
 from mmn.metrics import Interval
 
 # Figure, what it must reach, and its chance level or control.
@@ -115,7 +118,7 @@ def answer_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]:
         )
         right += [trace.text.strip() == q.answer for trace, (_, q) in zip(traces, part, strict=True)]
     facts = [q for q in scenes.facts() if q.kind == "fact"]
-    known = [vlm.answer(q.text).strip() == q.answer for q in tqdm(facts, desc="facts", leave=False)]
+    known = [vlm.answer(q.text) == q.answer for q in tqdm(facts, desc="facts", leave=False)]
     return {
         "yesno_accuracy": metrics.bootstrap(np.reshape(right, (-1, 2)).mean(axis=1), metrics.mean),
         "facts_accuracy": metrics.bootstrap(known, metrics.mean),
@@ -127,8 +130,8 @@ def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: 
 
     Only nouns that the caption names and the picture shows are counted. Flips of random neurons: one fresh draw a noun, so about
     as many draws as nouns."""
-    rows: dict[str, list[list[float]]] = {key: [] for key in ("top", "random", "at95", "ceiling", "auprc", "share")}
-    flips: list[list[float]] = []
+    keys = ("iou_top10", "iou_random", "iou95_top10", "iou95_ceiling", "auprc_top10", "auprc_chance")
+    rows: list[list[float]] = []
     found = unbiased(count, 4 * 10**6)
     jobs: list[tuple[int, str, Sequence[mmn.Neuron]]] = []
     for start in tqdm(range(0, len(found), batch), desc="heatmaps", leave=False):
@@ -141,39 +144,27 @@ def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: 
                 top = ranking.neurons[:10]
                 others = mmn.same_layer_random(vlm, top, draws=draws, seed=seed + scene.seed)
                 heat = mmn.heatmap(vlm, trace, [*top, *itertools.chain(*others)])
-                maps = heat.on_image(per_neuron=True).reshape(draws + 1, 10, *scene.mask(noun).shape).mean(axis=1)
+                grids = heat.grid.unflatten(0, (draws + 1, 10)).mean(dim=1)  # the top 10, then each draw
+                maps = replace(heat, grid=grids).on_image(per_neuron=True)
                 mask = scene.mask(noun)
-                ious = [metrics.iou(metrics.by_area(each, int(mask.sum())), mask) for each in np.asarray(maps)]
-                rows["top"].append([ious[0]])
-                rows["random"].append([float(np.mean(ious[1:]))])
-                rows["at95"].append([metrics.iou(np.asarray(maps[0]) > np.percentile(maps[0], 95), mask)])
-                rows["ceiling"].append([metrics.iou_ceiling(mask.mean())])
-                rows["auprc"].append([metrics.auprc(np.asarray(maps[0]), mask)])
-                rows["share"].append([float(mask.mean())])
+                ious = [metrics.iou(metrics.by_area(each, int(mask.sum())), mask) for each in maps]
+                at95 = metrics.iou(maps[0] > np.percentile(maps[0], 95), mask)
+                share = float(mask.mean())
+                precise = metrics.auprc(maps[0], mask)
+                rows.append([ious[0], float(np.mean(ious[1:])), at95, metrics.iou_ceiling(share), precise, share])
                 jobs.append((start + offset, noun, ranking.neurons))
                 jobs.append((start + offset, noun, mmn.same_layer_random(vlm, ranking.neurons, draws=1, seed=seed + len(jobs))[0]))
+    if not jobs:
+        raise MmnError("The model named no object that is in its picture, so there are no neurons to look at; is it trained?")
     gone: list[bool] = []
     for start in tqdm(range(0, len(jobs), batch), desc="flips", leave=False):
         some = jobs[start : start + batch]
         with mmn.zero(vlm, [list(neurons) for _, _, neurons in some]):
             traces = vlm.caption([found[index].image for index, _, _ in some], batch_size=batch, record=False)
         gone += [noun not in scenes.mentions(trace.text) for trace, (_, noun, _) in zip(traces, some, strict=True)]
-    flips = np.reshape(gone, (-1, 2)).astype(float).tolist()
     by_scene = [index for index, _, _ in jobs[::2]]
-    figures = {
-        key: clustered(by_scene, np.array(rows[row])[:, 0])
-        for key, row in {
-            "iou_top10": "top",
-            "iou_random": "random",
-            "iou95_top10": "at95",
-            "iou95_ceiling": "ceiling",
-            "auprc_top10": "auprc",
-            "auprc_chance": "share",
-        }.items()
-    }
-    figures["flip_top20"] = clustered(by_scene, np.array(flips)[:, 0])
-    figures["flip_random20"] = clustered(by_scene, np.array(flips)[:, 1])
-    return figures
+    columns = np.concatenate([np.array(rows), np.reshape(gone, (-1, 2)).astype(float)], axis=1).T
+    return {key: clustered(by_scene, column) for key, column in zip((*keys, "flip_top20", "flip_random20"), columns, strict=True)}
 
 
 def clustered(groups: Iterable[int], values: np.ndarray) -> Interval:
@@ -201,9 +192,8 @@ def cost_figures(vlm: mmn.VLM, count: int = 20) -> dict[str, Interval]:
     return {"megabytes": Interval(size, size, size), "seconds_per_caption": metrics.bootstrap(seconds, metrics.mean)}
 
 
-def evaluate(model: str = "tiny-llava", count: int = 1000, batch: int = 32, device: str | None = None) -> dict[str, Interval]:
+def evaluate(vlm: mmn.VLM, count: int = 1000, batch: int = 32) -> dict[str, Interval]:
     """Every figure of the table, by key, with its 95 % interval over scenes."""
-    vlm = mmn.load(model, device_map=device)
     return {
         **caption_figures(vlm, count, batch),
         **answer_figures(vlm, count, batch),
@@ -222,6 +212,32 @@ def table(figures: dict[str, Interval]) -> str:
     return "\n".join(lines)
 
 
+def record(vlm: mmn.VLM, figures: dict[str, Interval], count: int) -> dict[str, object]:
+    """The figures with everything that tells where they come from: model hash, scenes, versions, command."""
+    return {
+        "command": f"mmn evaluate --model {vlm.name} --scenes {count}",
+        "model_hash": vlm.hash,
+        "scenes": count,
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")},
+        **{key: value.value for key, value in figures.items()},
+        "intervals": {key: [value.low, value.high] for key, value in figures.items()},
+        "chance": CHANCE,
+        "must_be": TARGETS,
+    }
+
+
+def write_card(card: Path, text: str, model_hash: str) -> None:
+    """Put the table between the marks of a model card. Raises MmnError for a card without the marks."""
+    start, end = "<!-- figures -->", "<!-- end of figures -->"
+    old = card.read_text() if card.is_file() else ""
+    if start not in old or end not in old:
+        raise MmnError(f"{card} has no lines {start!r} and {end!r} to put the figures between.")
+    block = f"{start}\nModel hash `{model_hash}`.\n\n```text\n{text}\n```\n"
+    part = card.with_suffix(".part")
+    part.write_text(old[: old.index(start)] + block + old[old.index(end) :])
+    part.replace(card)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn evaluate`."""
     parser.add_argument("--model", default="tiny-llava", help="shipped model or checkpoint folder")
@@ -229,17 +245,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", help="cpu or cuda; the default is the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--card", type=Path, help="also write the table into this model card, between its marks")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """`mmn evaluate`."""
-    figures = evaluate(args.model, args.scenes, args.batch, args.device)
-    if args.json:
-        record = {key: value.value for key, value in figures.items()}
-        record["intervals"] = {key: [value.low, value.high] for key, value in figures.items()}
-        record["chance"] = CHANCE
-        record["scenes"] = args.scenes
-        print(json.dumps(record, indent=1))
-    else:
-        print(table(figures))
+    vlm = mmn.load(args.model, device_map=args.device)
+    figures = evaluate(vlm, args.scenes, args.batch)
+    text = json.dumps(record(vlm, figures, args.scenes), indent=1, ensure_ascii=False)
+    if args.out:
+        part = args.out.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(args.out)
+    if args.card:
+        write_card(args.card, table(figures), vlm.hash)
+    print(text if args.json else table(figures))
     return 0
