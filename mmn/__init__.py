@@ -15,7 +15,7 @@ from mmn.contribution import SCORES, NeuronRanking, contributions, rank
 from mmn.errors import MmnError
 from mmn.heatmap import Heatmap, heatmap
 from mmn.images import list_images, open_image
-from mmn.intervene import mean_ablate, perturb, same_layer_random, scale, shuffle_image_tokens, zero
+from mmn.intervene import mean_ablate, mean_activations, perturb, same_layer_random, scale, shuffle_image_tokens, zero
 from mmn.nouns import Noun
 from mmn.paths import data_path
 from mmn.semantics import top_tokens
@@ -39,8 +39,9 @@ __all__ = [
     "heatmap",
     "load",
     "mean_ablate",
-    "open_image",
+    "mean_activations",
     "list_images",
+    "open_image",
     "perturb",
     "rank",
     "same_layer_random",

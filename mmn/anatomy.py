@@ -6,14 +6,17 @@ activation, what the map receives; `w_i`, its *write*, is a column of the map's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmn.errors import MmnError
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class Neuron(NamedTuple):
@@ -27,18 +30,67 @@ class Neuron(NamedTuple):
 
 
 @dataclass(frozen=True)
+class FFN:
+    """The FFN of one layer. projection: its last linear map, weight `[hidden, neurons]`. gate: the module whose output is the
+    activation function's, None where there is none of its own."""
+
+    projection: nn.Linear
+    gate: nn.Module | None
+
+    @property
+    def neurons(self) -> int:
+        """How many there are."""
+        return self.projection.in_features
+
+    def write(self, units: Sequence[int]) -> Tensor:
+        """The writes of some neurons, float32 `[units, hidden]`."""
+        return self.projection.weight.detach()[:, list(units)].T.float()
+
+    def read(self, directions: Tensor) -> Tensor:
+        """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`. One product reads the
+        weights once."""
+        weight = self.projection.weight.detach()
+        return directions.to(weight.device, torch.float32) @ weight.float()
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Call `watcher` with the activations `[batch, positions, neurons]` at every forward pass; what it returns, if
+        anything, takes their place."""
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            changed = watcher(args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        return self.projection.register_forward_pre_hook(hook)
+
+    def add(self, units: Sequence[int], changes: Tensor) -> RemovableHandle:
+        """Add `changes` float32 `[units, hidden]` to the units' writes by a hook: `a_i * change_i` goes to the output, in
+        float32."""
+        chosen = list(units)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            extra = args[0][..., chosen].float() @ changes.to(out.device, torch.float32)
+            return (out.float() + extra).to(out.dtype)
+
+        return self.projection.register_forward_hook(hook)
+
+    def watch_gate(self, watcher: Watcher) -> RemovableHandle:
+        """The same for the activation function's output, which the paper's release takes for the activations."""
+        if self.gate is None:
+            raise MmnError("This FFN's activation function is no module of its own, so its output cannot be recorded.")
+        return self.gate.register_forward_hook(lambda _, __, out: watcher(out))
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of one model.
 
-    layers: the decoder's layers. projections: for each layer the FFN's last linear map, weight `[hidden, neurons]`.
-    gates: for each layer the module whose output is the FFN's activation function, None where there is none of its own.
-    decoder: the module that runs the layers. final_norm: what stands between the last layer and the unembedding.
-    unembedding: the linear map to the vocabulary, weight `[vocabulary, hidden]`. image_token: the id that marks image positions."""
+    decoder: the module that runs the layers. layers, ffns: the decoder's layers and their FFNs. final_norm: what stands between
+    the last layer and the unembedding. unembedding: the linear map to the vocabulary, weight `[vocabulary, hidden]`.
+    image_token: the id that marks the positions of the picture in the prompt."""
 
     decoder: nn.Module
     layers: list[nn.Module]
-    projections: list[nn.Linear]
-    gates: list[nn.Module | None]
+    ffns: list[FFN]
     final_norm: nn.Module
     unembedding: nn.Linear
     image_token: int
@@ -46,42 +98,69 @@ class Anatomy:
     @property
     def neurons(self) -> list[int]:
         """Neurons of each layer."""
-        return [projection.in_features for projection in self.projections]
+        return [ffn.neurons for ffn in self.ffns]
 
     @property
     def total(self) -> int:
         """Neurons of the whole decoder."""
         return sum(self.neurons)
 
-    def write(self, layer: int, units: list[int] | Tensor) -> Tensor:
-        """The writes of some neurons of one layer, float32 `[units, hidden]`."""
-        return self.projections[layer].weight.detach()[:, units].T.float()
+    @property
+    def device(self) -> torch.device:
+        """Where the unembedding is."""
+        return self.unembedding.weight.device
 
-    def check(self, neurons: list[Neuron]) -> None:
+    def words(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """The unembedding's rows of some tokens, float32 `[tokens, hidden]`."""
+        return self.unembedding.weight.detach()[torch.as_tensor(tokens, device=self.device)].float()
+
+    def writes(self, neurons: Sequence[Neuron]) -> Tensor:
+        """The writes of some neurons, in their order, float32 `[neurons, hidden]`."""
+        self.check(neurons)
+        out = torch.empty(len(neurons), self.unembedding.in_features, device=self.device)
+        for layer, places in by_layer(neurons).items():
+            out[[place for place, _ in places]] = self.ffns[layer].write([unit for _, unit in places]).to(out.device)
+        return out
+
+    def check(self, neurons: Sequence[Neuron]) -> None:
         """Raises MmnError if one of the neurons is not in this model."""
-        for layer, unit in neurons:
-            if not (0 <= layer < len(self.layers) and 0 <= unit < self.neurons[layer]):
-                sizes = f"{len(self.layers)} layers of {min(self.neurons)} to {max(self.neurons)} neurons"
-                raise MmnError(f"There is no neuron {Neuron(layer, unit)} in this model: it has {sizes}.")
+        sizes = self.neurons
+        for neuron in neurons:
+            if not (isinstance(neuron, tuple) and len(neuron) == 2):
+                raise MmnError(f"{neuron!r} is no neuron: give mmn.Neuron(layer, unit).")
+            layer, unit = neuron
+            if not (0 <= layer < len(sizes) and 0 <= unit < sizes[layer]):
+                widths = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+                has = f"{len(sizes)} layers of {widths} neurons, counted from L0.0"
+                raise MmnError(f"There is no neuron {Neuron(layer, unit)} in this model: it has {has}.")
 
 
-def find(model: nn.Module) -> Anatomy:
+def by_layer(neurons: Sequence[Neuron]) -> dict[int, list[tuple[int, int]]]:
+    """For each layer, in order, the neurons that lie in it as (place in `neurons`, unit)."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for place, (layer, unit) in enumerate(neurons):
+        groups.setdefault(layer, []).append((place, unit))
+    return dict(sorted(groups.items()))
+
+
+def find(model: Any) -> Anatomy:
     """The anatomy of `model`. Raises MmnError that names what was found where a part is missing."""
     unembedding = model.get_output_embeddings()
     if not isinstance(unembedding, nn.Linear):
-        raise MmnError(f"No unembedding: get_output_embeddings() gave {type(unembedding).__name__}, not a linear map to words.")
+        raise MmnError(
+            f"No unembedding found: get_output_embeddings() gave {type(unembedding).__name__}, not a linear map to words."
+        )
     hidden = unembedding.in_features
     decoder = model.get_decoder()
-    layers, found = _layers(decoder, hidden)
+    layers, ffns = _layers(decoder, hidden)
     norms = [m for m in decoder.children() if not isinstance(m, nn.ModuleList) and _is_norm(m, hidden)]
     if not norms:
         kinds = ", ".join(sorted({type(m).__name__ for m in decoder.children()}))
-        raise MmnError(f"No final norm of width {hidden} beside the decoder's layers; it holds {kinds}.")
-    image_token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
-    if image_token is None:
+        raise MmnError(f"No final norm of width {hidden} found beside the decoder's layers, only: {kinds}.")
+    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+    if token is None:
         raise MmnError("The model's configuration names no image token, so its image positions are unknown.")
-    projections, gates = zip(*found, strict=True)
-    return Anatomy(decoder, list(layers), list(projections), list(gates), norms[-1], unembedding, int(image_token))
+    return Anatomy(decoder, list(layers), ffns, norms[-1], unembedding, int(token))
 
 
 def _is_norm(module: nn.Module, hidden: int) -> bool:
@@ -89,9 +168,9 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
     return bool(shapes) and all(shape == (hidden,) for shape in shapes)
 
 
-def _layers(decoder: nn.Module, hidden: int) -> tuple[nn.ModuleList, list[tuple[nn.Linear, nn.Module | None]]]:
-    """The longest list of layers that all hold an FFN, with each layer's output projection and activation module."""
-    best: tuple[nn.ModuleList, list[tuple[nn.Linear, nn.Module | None]]] | None = None
+def _layers(decoder: nn.Module, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
+    """The longest list of layers that all hold an FFN, and their FFNs."""
+    best: tuple[nn.ModuleList, list[FFN]] | None = None
     tried = []
     for name, stack in decoder.named_modules():
         if not isinstance(stack, nn.ModuleList) or (best and len(stack) <= len(best[0])):
@@ -101,21 +180,20 @@ def _layers(decoder: nn.Module, hidden: int) -> tuple[nn.ModuleList, list[tuple[
         if len(found) == len(stack) > 0:
             best = stack, found
     if best is None:
-        raise MmnError(
-            f"No list of decoder layers with an FFN that writes to width {hidden}; looked at {'; '.join(tried) or 'none'}."
-        )
+        looked = "; ".join(tried) or "no list of modules"
+        raise MmnError(f"No decoder layers with an FFN that writes to width {hidden} found; looked at: {looked}.")
     return best
 
 
-def _ffn(layer: nn.Module, hidden: int) -> tuple[nn.Linear, nn.Module | None] | None:
-    """The FFN's output projection and its activation module: the one part of the layer that works on each position alone and whose
-    output is that projection's, as a probe with random numbers shows."""
+def _ffn(layer: nn.Module, hidden: int) -> FFN | None:
+    """The layer's FFN: the one part of it that works on each position alone and whose output is that of a linear map in it, as
+    a probe with random numbers shows."""
     for block in _blocks(layer):
         for projection in block.children():
             if isinstance(projection, nn.Linear) and projection.out_features == hidden:
                 gate = _probe(block, projection, hidden)
                 if gate is not False:
-                    return projection, gate if isinstance(gate, nn.Module) else None
+                    return FFN(projection, gate if isinstance(gate, nn.Module) else None)
     return None
 
 

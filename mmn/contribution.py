@@ -1,18 +1,18 @@
-"""How much each neuron contributed to a token: the paper's score and others beside it, one signature for all.
+"""Score neurons for a token: the paper's score and the baselines beside it, all with one signature.
 
-The paper's, as its code defines it but with the full activation: `score(l, i; t) = a_i(s) * <w_i, u_t>`, where `a_i(s)` is what the
-FFN's output projection receives from the neuron at the step s that produces token t, `w_i` its write and `u_t` the token's row of the
-unembedding. With no bias the scores of a layer add up to `u_t . FFN(x)` exactly. Sums are taken in float32.
-"""
+Pan et al. (the released code): `score(l, i; t) = a_i(s*) <w_i, u_t>`, activation at the step that produces the token times the
+inner product of the neuron's write with the token's unembedding row; signed, no final norm. Over all neurons of a layer the
+scores add up to `u_t . FFN(x)` (without the projection's bias)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmn.anatomy import Neuron
 from mmn.errors import MmnError
@@ -20,140 +20,15 @@ from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
 
-Score = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
-
-
-def _project(vlm: VLM, directions: Tensor) -> list[Tensor]:
-    """`<w_i, direction>` for every neuron, a list over layers of `[directions, neurons]`: one product a layer for all directions."""
-    return [
-        (directions.to(projection.weight.device, projection.weight.dtype) @ projection.weight.detach()).float().cpu()
-        if projection.weight.dtype == torch.float32
-        else (directions.to(projection.weight.device) @ projection.weight.detach().float()).cpu()
-        for projection in vlm.anatomy.projections
-    ]
-
-
-def _unembed(vlm: VLM, nouns: Sequence[Noun]) -> Tensor:
-    """The nouns' rows of the unembedding, float32 `[nouns, hidden]`."""
-    return vlm.anatomy.unembedding.weight.detach()[[noun.token for noun in nouns]].float()
-
-
-def _at_steps(trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """Each noun's activations, a list over layers of `[nouns, neurons]`."""
-    if not trace.activations:
-        raise MmnError("This caption was made with record=False; make it again with record=True to rank its neurons.")
-    return [layer[[noun.step for noun in nouns]] for layer in trace.activations]
-
-
-def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """The paper's score with the full activation."""
-    return [a * w for a, w in zip(_at_steps(trace, nouns), _project(vlm, _unembed(vlm, nouns)), strict=True)]
-
-
-def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """Direct, less what the neuron adds to all tokens alike, which softmax ignores."""
-    directions = _unembed(vlm, nouns) - vlm.anatomy.unembedding.weight.detach().float().mean(dim=0)
-    return [a * w for a, w in zip(_at_steps(trace, nouns), _project(vlm, directions), strict=True)]
-
-
-def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """Centred, read through the final norm with its scale frozen at the generating position: in units of logits."""
-    directions = _unembed(vlm, nouns) - vlm.anatomy.unembedding.weight.detach().float().mean(dim=0)
-    scales = []
-    for noun in nouns:
-        seen: dict[str, Tensor] = {}
-        handle = vlm.anatomy.final_norm.register_forward_hook(lambda _, args, out, seen=seen: seen.update(x=args[0], y=out))
-        try:
-            with torch.inference_mode():
-                vlm.model(**vlm.replay_ids(trace, noun.step), use_cache=False)
-        finally:
-            handle.remove()
-        scales.append((seen["y"][0, -1].float() / seen["x"][0, -1].float()).clone())
-    directions = directions * torch.stack(scales).to(directions.device)
-    return [a * w for a, w in zip(_at_steps(trace, nouns), _project(vlm, directions), strict=True)]
-
-
-def activation(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """The activation alone, whatever the neuron writes."""
-    return [layer.clone() for layer in _at_steps(trace, nouns)]
-
-
-def gate_only(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """As the paper's code was released: the activation function's output in the place of the full activation."""
-    gates = vlm.anatomy.gates
-    if any(gate is None for gate in gates):
-        raise MmnError("This model's FFNs have no activation module of their own, so the score as released cannot be taken.")
-    kept: list[dict[int, Tensor]] = [{} for _ in gates]
-    for noun in nouns:
-        handles = [
-            gate.register_forward_hook(lambda _, __, out, keep=keep, step=noun.step: keep.__setitem__(step, out[0, -1]))
-            for gate, keep in zip(gates, kept, strict=True)
-            if gate is not None
-        ]
-        try:
-            with torch.inference_mode():
-                vlm.model(**vlm.replay_ids(trace, noun.step), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-    writes = _project(vlm, _unembed(vlm, nouns))
-    return [torch.stack([keep[noun.step] for noun in nouns]).float().cpu() * w for keep, w in zip(kept, writes, strict=True)]
-
-
-def gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
-    """Gradient times activation at the generating position: `a_i * d log p(t) / d a_i`, the total effect to first order."""
-    rows = []
-    for noun in nouns:
-        inputs: list[Tensor] = []
-        handles = [projection.register_forward_pre_hook(_leaf(inputs)) for projection in vlm.anatomy.projections]
-        try:
-            with torch.enable_grad():
-                logits = vlm.model(**vlm.replay_ids(trace, noun.step), use_cache=False).logits[0, -1]
-                grads = torch.autograd.grad(logits.float().log_softmax(-1)[noun.token], inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        rows.append([(g[0, -1] * a.detach()[0, -1]).float().cpu() for g, a in zip(grads, inputs, strict=True)])
-    return [torch.stack(layer) for layer in zip(*rows, strict=True)]
-
-
-def _leaf(inputs: list[Tensor]):  # noqa: ANN202
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_(True)
-        inputs.append(x)
-        return (x, *args[1:])
-
-    return hook
-
-
-SCORES: dict[str, Score] = {
-    "direct": direct,
-    "gate_only": gate_only,
-    "centred": centred,
-    "norm_aware": norm_aware,
-    "activation": activation,
-    "gradient": gradient,
-}
-
-
-def contributions(vlm: VLM, trace: Trace, noun: str | Noun, *, score: str = "direct") -> list[Tensor]:
-    """Every neuron's score for one noun of a caption: a list over layers of float32 `[neurons]`, signed.
-
-    Raises MmnError for a noun the caption does not say, an unknown score, or a caption made without recording."""
-    return [layer[0] for layer in _scores(vlm, trace, [trace.noun(noun)], score)]
-
-
-def _scores(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> list[Tensor]:
-    if score not in SCORES:
-        raise MmnError(f"There is no score {score!r}; choose one of {', '.join(SCORES)}.")
-    return SCORES[score](vlm, trace, nouns)
+Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class NeuronRanking:
     """The neurons of highest score for one noun, best first.
 
-    scores, activations: floats, one for each of `neurons`. score: the name of the score that ranked them."""
+    scores: floats, in the units of the score (logits for direct, centred and norm_aware); activations: floats at the step that
+    produced the noun's token. score: the name of the score that ranked them."""
 
     noun: Noun
     neurons: list[Neuron]
@@ -161,31 +36,216 @@ class NeuronRanking:
     activations: list[float]
     score: str
 
+    def __len__(self) -> int:
+        return len(self.neurons)
+
     def table(self) -> pd.DataFrame:
         """One row a neuron: rank (from 1), layer, unit, score, activation."""
         layers, units = zip(*self.neurons, strict=True)
         columns = {"layer": layers, "unit": units, "score": self.scores, "activation": self.activations}
-        return pd.DataFrame(columns, index=pd.RangeIndex(1, len(self.neurons) + 1, name="rank"))
+        return pd.DataFrame(columns, index=pd.RangeIndex(1, len(self) + 1, name="rank"))
+
+    def __str__(self) -> str:
+        return f"{self.noun.lemma}: " + ", ".join(map(str, self.neurons))
 
 
-def rank(vlm: VLM, trace: Trace, noun: str | Noun | None = None, *, k: int = 10, score: str = "direct"):  # noqa: ANN201
-    """The `k` neurons of highest signed score over all layers: `NeuronRanking` for one noun, for None a dict of them over all the
-    caption's nouns by lemma, with one product a layer for all.
+# ------------------------------------------------------------------------------------------------- scores without gradients
 
-    Raises MmnError for a noun the caption does not say, an unknown score, or a k the model is too small for."""
-    if not 1 <= k <= vlm.anatomy.total:
-        raise MmnError(f"k is {k}; it must be between 1 and the model's {vlm.anatomy.total} neurons.")
+
+def _steps(trace: Trace, nouns: Sequence[Noun], layer: int) -> Tensor:
+    return trace.activations[layer][[noun.step for noun in nouns]]
+
+
+def _projected(vlm: VLM, trace: Trace, nouns: Sequence[Noun], directions: Tensor) -> list[Tensor]:
+    """Activation times inner product with one direction a noun `[nouns, hidden]`: one product a layer reads the weights once."""
+    return [ffn.read(directions).cpu() * _steps(trace, nouns, layer) for layer, ffn in enumerate(vlm.anatomy.ffns)]
+
+
+def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`a_i <w_i, u_t>`, Pan et al. with the full product as activation."""
+    return _projected(vlm, trace, nouns, vlm.anatomy.words([noun.token for noun in nouns]))
+
+
+def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """The direct score without what the neuron adds to every token alike, which softmax ignores: `u_t` less the mean row
+    [ours]."""
+    weight = vlm.anatomy.unembedding.weight.detach()
+    mean = weight.mean(0, dtype=torch.float32)
+    return _projected(vlm, trace, nouns, vlm.anatomy.words([noun.token for noun in nouns]) - mean)
+
+
+def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """The direct score through the final norm, its scale frozen as it was at the step: `u_t` becomes `gain * u_t / rms`
+    [ours]."""
+    directions = vlm.anatomy.words([noun.token for noun in nouns])
+    assert trace.stream is not None
+    stream = trace.stream[[noun.step for noun in nouns]].to(directions.device)
+    gain, centre = _norm_gain(vlm)
+    scaled = gain * (stream - stream.mean(-1, keepdim=True) if centre else stream)
+    normed = _norm(vlm, stream) - _norm(vlm, torch.zeros_like(stream))
+    directions = directions * gain * (normed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True))
+    if centre:
+        directions = directions - directions.mean(-1, keepdim=True)
+    return _projected(vlm, trace, nouns, directions)
+
+
+@torch.no_grad()
+def _norm(vlm: VLM, vectors: Tensor) -> Tensor:
+    norm = vlm.anatomy.final_norm
+    like = next(norm.parameters())
+    return norm(vectors.to(like.device, like.dtype)).float().to(vectors.device)
+
+
+def _norm_gain(vlm: VLM) -> tuple[Tensor, bool]:
+    """The final norm's gain up to a factor, float32 `[hidden]`, and whether it takes the mean off: read from what it does, not
+    its code."""
+    probe = torch.ones(1, vlm.hidden, device=vlm.anatomy.device)
+    probe[:, ::2] = -1
+    probe[:, -1] *= 3  # so that its mean is not zero
+    bias = _norm(vlm, torch.zeros_like(probe))
+    out = _norm(vlm, probe) - bias
+    centre = torch.allclose(_norm(vlm, probe + 5) - bias, out, rtol=1e-2, atol=1e-3)
+    return (out / (probe - probe.mean() if centre else probe))[0], centre
+
+
+def activation(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`|a_i|` alone, the same for every token: what the weights add to a ranking shows beside it."""
+    return [_steps(trace, nouns, layer).abs() for layer in range(len(vlm.anatomy.ffns))]
+
+
+def write_norm(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`|a_i| ||w_i||`, how much the neuron writes, whatever it says."""
+    return [
+        _steps(trace, nouns, layer).abs() * ffn.write(range(ffn.neurons)).norm(dim=-1).cpu()
+        for layer, ffn in enumerate(vlm.anatomy.ffns)
+    ]
+
+
+# ----------------------------------------------------------------------------------------- scores that run the model once more
+
+
+@torch.no_grad()
+def gate_only(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """As released: the activation function's output alone in place of its product with the up projection. One forward pass."""
+    last = max(noun.step for noun in nouns)
+    seen: list[Tensor] = []
+    handles = []
+    try:
+        for ffn in vlm.anatomy.ffns:
+            handles.append(ffn.watch_gate(lambda out: seen.append(out[0, out.shape[1] - last - 1 :].float().cpu())))
+        vlm.model(**vlm.replay(trace, last), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    directions = vlm.anatomy.words([noun.token for noun in nouns])
+    steps = [noun.step for noun in nouns]
+    return [ffn.read(directions).cpu() * gate[steps] for ffn, gate in zip(vlm.anatomy.ffns, seen, strict=True)]
+
+
+def gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`a_i dy_t/da_i` at the generating position: the total effect to first order, later layers included. One backward pass a
+    noun."""
+    values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
+    return [
+        torch.stack([(z[0, -1] * g[0, -1]).float().cpu() for z, g in each]) for each in zip(*(v[0] for v in values), strict=True)
+    ]
+
+
+def gradient_image(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`sum over image positions of a_i dy_t/da_i`, Schwettmann et al.: total effect of what the neuron does at the picture."""
+    if trace.image is None:
+        raise MmnError("The score gradient_image needs a picture, and this text was written without one.")
+    values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
+    return [
+        torch.stack([(z * g)[mask].sum(0).float().cpu() for (z, g), (_, mask) in zip(each, values, strict=True)])
+        for each in zip(*(v[0] for v in values), strict=True)
+    ]
+
+
+def _activations_and_gradients(vlm: VLM, trace: Trace, noun: Noun) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """For each layer the activations and the gradient of the noun's logit by them, `[1, positions, neurons]`, and where the
+    picture is."""
+    inputs = vlm.replay(trace, noun.step)
+    seen: list[Tensor] = []
+
+    def watch(activations: Tensor) -> Tensor:
+        seen.append(activations.detach().requires_grad_() if not seen else activations)
+        return seen[-1]
+
+    handles = []
+    try:
+        for ffn in vlm.anatomy.ffns:
+            handles.append(ffn.watch(watch))
+        with torch.enable_grad():
+            logit = vlm.model(**inputs, use_cache=False).logits[0, -1, noun.token].float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients = torch.autograd.grad(logit, seen)
+    return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], vlm.image_positions(inputs)
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranking
+
+SCORES: dict[str, Scorer] = {
+    "direct": direct,
+    "gate_only": gate_only,
+    "activation": activation,
+    "write_norm": write_norm,
+    "centred": centred,
+    "norm_aware": norm_aware,
+    "gradient": gradient,
+    "gradient_image": gradient_image,
+}
+
+
+def _scores(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> list[Tensor]:
+    if score not in SCORES:
+        raise MmnError(f"There is no score {score!r}: choose one of {', '.join(SCORES)}.")
+    if not trace.activations:
+        raise MmnError("This caption was made with record=False, so there is nothing to score: caption again with recording on.")
+    widths = [layer.shape[-1] for layer in trace.activations]
+    if widths != vlm.anatomy.neurons:
+        raise MmnError("This trace comes from another model: its layers have other numbers of neurons.")
+    return SCORES[score](vlm, trace, nouns)
+
+
+def contributions(vlm: VLM, trace: Trace, noun: str | Noun, score: str = "direct") -> list[Tensor]:
+    """Every neuron's score for one noun of a caption: for each layer float32 `[neurons]`.
+
+    `noun` is a word of the caption or a Noun of your own making (any token and step). `score` is a key of `mmn.SCORES`. Raises
+    MmnError if the caption does not say the noun, was not recorded, or there is no such score."""
+    return [layer[0] for layer in _scores(vlm, trace, [trace.noun(noun)], score)]
+
+
+@overload
+def rank(vlm: VLM, trace: Trace, noun: None = None, k: int = ..., score: str = ...) -> dict[str, NeuronRanking]: ...
+
+
+@overload
+def rank(vlm: VLM, trace: Trace, noun: str | Noun, k: int = ..., score: str = ...) -> NeuronRanking: ...
+
+
+def rank(
+    vlm: VLM, trace: Trace, noun: str | Noun | None = None, k: int = 10, score: str = "direct"
+) -> NeuronRanking | dict[str, NeuronRanking]:
+    """The k neurons of all layers with the largest score for a noun; without a noun, for all nouns of the caption, by lemma.
+
+    All nouns together cost one product a layer. Raises MmnError as `contributions` does, and for a `k` outside 1 ... neurons."""
+    total = vlm.anatomy.total
+    if not isinstance(k, int) or not 1 <= k <= total:
+        raise MmnError(f"k is a number of neurons between 1 and {total}, not {k!r}.")
     nouns = trace.nouns if noun is None else [trace.noun(noun)]
     if not nouns:
         return {}
-    scores = _scores(vlm, trace, nouns, score)
-    values, flat = torch.cat(scores, dim=1).topk(k, dim=1)
-    acts = torch.cat(_at_steps(trace, nouns), dim=1).gather(1, flat)
-    edges = torch.tensor(vlm.anatomy.neurons).cumsum(0)
-    layers = torch.searchsorted(edges, flat, right=True)
-    units = flat - torch.cat([torch.zeros(1, dtype=edges.dtype), edges])[layers]
+    flat = torch.cat(_scores(vlm, trace, nouns, score), -1)
+    values, places = flat.topk(k, -1)
+    starts = torch.tensor([0, *vlm.anatomy.neurons]).cumsum(0)
+    layers = torch.bucketize(places, starts, right=True) - 1
+    units = places - starts[layers]
+    activations = torch.cat([_steps(trace, nouns, layer) for layer in range(len(vlm.anatomy.ffns))], -1).gather(-1, places)
     found = {}
     for row, each in enumerate(nouns):
         neurons = [Neuron(*pair) for pair in zip(layers[row].tolist(), units[row].tolist(), strict=True)]
-        found[each.lemma] = NeuronRanking(each, neurons, values[row].tolist(), acts[row].tolist(), score)
+        found[each.lemma] = NeuronRanking(each, neurons, values[row].tolist(), activations[row].tolist(), score)
     return found if noun is None else found[nouns[0].lemma]

@@ -1,8 +1,12 @@
-"""Open pictures that people bring: whatever Pillow reads, turned as the camera meant it, in RGB, within limits, or one clear sentence."""
+"""Open pictures safely: every odd kind of file becomes an RGB picture, or one sentence that says why not.
+
+The formats are a short list of plain ones, so that no picture starts another program; a limit on pixels is checked before
+anything is unpacked."""
 
 from __future__ import annotations
 
 import warnings
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -10,57 +14,70 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmn.errors import MmnError
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 MAX_PIXELS = 64_000_000
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file as 8-bit RGB: the first frame of an animation, rotated by its EXIF tag, transparency on white, 16 bits and
-    CMYK converted.
+def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file as RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8, a GIF's first
+    frame.
 
-    Raises MmnError for a file that is missing, no picture, cut short, smaller than 2 x 2 or larger than 64 megapixels."""
-    path = Path(path)
-    if not path.is_file():
-        raise MmnError(f"There is no picture file at {str(path)!r}.")
+    Raises MmnError where there is no such file, it is no picture, it is damaged, or it has more than `max_pixels` pixels."""
+    text = str(path)
+    if text.startswith(("http://", "https://")):
+        raise MmnError(f"{text} is an address, not a file: download the picture and give the file's name.")
+    file = Path(path)
+    if file.is_dir():
+        raise MmnError(f"{file} is a folder, not a picture: give one file in it, or use mmn.open_images for all of them.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    raise MmnError(
-                        f"{path.name} has {width * height / 1e6:.0f} megapixels; make it smaller than {MAX_PIXELS // 10**6}."
-                    )
-                if min(width, height) < 2:
-                    raise MmnError(f"{path.name} is only {width} x {height} pixels; give a picture of at least 2 x 2.")
-                picture.seek(0)
-                return _rgb(ImageOps.exif_transpose(picture))
-    except UnidentifiedImageError as problem:
-        raise MmnError(f"{path.name} is no picture that can be read; give a JPEG, PNG, GIF, WebP, BMP or TIFF file.") from problem
-    except Image.DecompressionBombError as problem:
-        raise MmnError(f"{path.name} has too many pixels; make it smaller than {MAX_PIXELS // 10**6} megapixels.") from problem
-    except (OSError, SyntaxError, EOFError) as problem:
-        raise MmnError(f"{path.name} is damaged or cut short ({problem}); save it again.") from problem
+            warnings.simplefilter("ignore")  # the limit on pixels is checked here
+            picture = Image.open(file, formats=FORMATS)
+            width, height = picture.size
+            if width * height > max_pixels:
+                limit = f"{max_pixels / 1e6:g} million"
+                raise MmnError(f"{file.name} has {width} x {height} pixels, more than the limit of {limit}: make it smaller.")
+            picture.load()
+            return to_rgb(picture)
+    except MmnError:
+        raise
+    except FileNotFoundError:
+        raise MmnError(f"There is no picture {file}: check the file's name and folder.") from None
+    except Image.DecompressionBombError:
+        raise MmnError(f"{file.name} has far more than {max_pixels / 1e6:g} million pixels: make it smaller.") from None
+    except UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise MmnError(f"{file.name} is no picture that can be read here ({kinds}): convert it to one of these.") from None
+    except PermissionError:
+        raise MmnError(f"{file} may not be read: change its permissions.") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise MmnError(f"{file.name} is damaged or cut short ({error}): get the picture again.") from None
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):  # 16 bits and more: to 8, by the range of the type or of the picture
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any Pillow picture as RGB of 8 bits, upright."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F" or picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.float64)
-        top = 65535.0 if picture.mode.startswith("I") and 255 < values.max() <= 65535 else max(values.max(), 1.0)
-        picture = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+        if picture.mode.startswith("I;16") or (values.max(initial=0) > 255 and values.min(initial=0) >= 0 and picture.mode == "I"):
+            values = values / 257  # 65535 becomes 255
+        return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        ground = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(ground, picture).convert("RGB")
     return picture.convert("RGB")
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The picture files of a folder, by name. Raises MmnError for a folder that is missing or holds none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise MmnError(f"There is no folder {str(folder)!r}.")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise MmnError(f"The folder {str(folder)!r} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-    return found
+def list_images(folder: str | PathLike[str]) -> list[Path]:
+    """The picture files of a folder, by name; files whose name begins with a dot do not count.
+
+    Raises MmnError if there is no such folder or no picture in it."""
+    where = Path(folder)
+    if not where.is_dir():
+        raise MmnError(f"There is no folder {where}: give a folder with pictures.")
+    files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    if not files:
+        raise MmnError(f"The folder {where} holds no pictures ({', '.join(sorted(SUFFIXES))}): give another one.")
+    return files

@@ -1,154 +1,191 @@
-"""Change what neurons do while a `with` block lasts: zero, scale, mean-ablate, perturb, or shuffle the picture's tokens.
+"""Change what neurons do, for as long as a `with` block lasts: zero, scale, mean-ablate, perturb, shuffle the picture.
 
-All of it is done by hooks, so the weights are never touched, and what a block changes ends with the block, also after an exception.
-"""
+Everything here works by hooks, at every position of every forward pass, and leaves the weights alone. A list of lists of
+neurons in place of a list gives each row of a batch its own neurons."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmn.anatomy import Neuron
+from mmn.anatomy import Neuron, Watcher, by_layer
 from mmn.errors import MmnError
+from mmn.trace import Trace
 from mmn.vlm import VLM
 
-Neurons = Sequence[Neuron] | Sequence[Sequence[Neuron]]
+Chosen = Sequence[Neuron] | Sequence[Sequence[Neuron]]
 
 
-def _by_layer(vlm: VLM, neurons: Neurons) -> tuple[dict[int, list[tuple[int, int]]], int]:
-    """For each layer its (row, unit) pairs, and the number of rows: 0 where the same neurons are meant for every picture."""
-    per_row = bool(neurons) and not isinstance(neurons[0], Neuron) and not isinstance(neurons[0][0], int)
-    rows: Sequence[Sequence[Neuron]] = neurons if per_row else [neurons]  # type: ignore[assignment, list-item]
-    layers: dict[int, list[tuple[int, int]]] = {}
-    for row, some in enumerate(rows):
-        vlm.anatomy.check([Neuron(*neuron) for neuron in some])
-        for layer, unit in some:
-            layers.setdefault(layer, []).append((row, unit))
-    return layers, len(rows) if per_row else 0
+def _rows(vlm: VLM, neurons: Chosen) -> list[list[Neuron]]:
+    """One list of neurons for the whole batch, or one for each row."""
+    chosen = list(neurons)
+    nested = bool(chosen) and not isinstance(chosen[0], Neuron) and isinstance(chosen[0], list)
+    rows: list[list[Neuron]] = [list(row) for row in chosen] if nested else [chosen]  # type: ignore[arg-type, list-item]
+    for row in rows:
+        vlm.anatomy.check(row)
+    return rows
 
 
-@contextlib.contextmanager
-def _replaced(vlm: VLM, neurons: Neurons, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts `change(layer, activations)` gives the neurons' new activations, `[..., neurons of the layer chosen]`."""
-    layers, rows = _by_layer(vlm, neurons)
-
-    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        chosen_rows, units = (list(each) for each in zip(*layers[layer], strict=True))
-
-        def replace(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0].clone()
-            if rows == 0:
-                x[..., units] = change(layer, x[..., units]).to(x.dtype)
-            else:
-                if len(x) != rows:
-                    raise MmnError(
-                        f"Neurons are given for {rows} pictures but the model reads {len(x)} at once; use batch_size={rows}."
-                    )
-                x[chosen_rows, :, units] = change(layer, x[chosen_rows, :, units].T).T.to(x.dtype)
-            return (x, *args[1:])
-
-        return replace
-
-    with contextlib.ExitStack() as stack:
+@contextmanager
+def _affine(vlm: VLM, neurons: Chosen, factor: float, means: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Multiply the neurons' activations by `factor` and add their entry of `means`, if there is one."""
+    rows = _rows(vlm, neurons)
+    layers = sorted({neuron.layer for row in rows for neuron in map(Neuron._make, row)})
+    with ExitStack() as stack:
         for layer in layers:
-            handle = vlm.anatomy.projections[layer].register_forward_pre_hook(hook(layer))
-            stack.callback(handle.remove)
+            ffn = vlm.anatomy.ffns[layer]
+            times = torch.ones(len(rows), 1, ffn.neurons)
+            plus = torch.zeros(len(rows), 1, ffn.neurons)
+            for index, row in enumerate(rows):
+                units = [unit for _, unit in by_layer(row).get(layer, [])]
+                times[index, 0, units] = factor
+                if means is not None:
+                    plus[index, 0, units] = means[layer][units]
+            stack.callback(ffn.watch(_changer(times, plus)).remove)
         yield
 
 
-def zero(vlm: VLM, neurons: Neurons) -> contextlib.AbstractContextManager[None]:
-    """Neurons that say nothing at any position. `neurons` may be one list for all pictures, or a list of lists, one for each picture
-    of a batch. Raises MmnError for neurons that are not in the model."""
-    return _replaced(vlm, neurons, lambda _, x: torch.zeros_like(x))
+def _changer(times: Tensor, plus: Tensor) -> Watcher:
+    adds = bool(plus.any())
+    placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def change(activations: Tensor) -> Tensor:
+        if len(times) not in (1, activations.shape[0]):
+            rows = activations.shape[0]
+            raise MmnError(f"Neurons are given for {len(times)} pictures but the model reads {rows} at once: use as large batches.")
+        if activations.device not in placed:
+            placed[activations.device] = tuple(t.to(activations.device, activations.dtype) for t in (times, plus))  # type: ignore[assignment]
+        factor, shift = placed[activations.device]
+        # torch.where and not a product alone: an activation of infinity times zero would be no number.
+        changed = torch.where(factor == 0, torch.zeros_like(activations), activations * factor)
+        return changed + shift if adds else changed
+
+    return change
 
 
-def scale(vlm: VLM, neurons: Neurons, factor: float) -> contextlib.AbstractContextManager[None]:
-    """Neurons that say `factor` times what they would. Raises MmnError for neurons that are not in the model."""
-    return _replaced(vlm, neurons, lambda _, x: factor * x)
+def zero(vlm: VLM, neurons: Chosen) -> AbstractContextManager[None]:
+    """With the neurons' activations set to zero at all positions. Raises MmnError for a neuron that is not there."""
+    return _affine(vlm, neurons, 0.0)
 
 
-def mean_ablate(vlm: VLM, neurons: Sequence[Neuron], means: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Neurons that always say their mean; `means` is a list over layers of `[neurons]`, measured on pictures of your choice.
-
-    Raises MmnError for neurons that are not in the model."""
-    layers, _ = _by_layer(vlm, neurons)
-    values = {layer: means[layer][[unit for _, unit in pairs]] for layer, pairs in layers.items()}
-    return _replaced(vlm, neurons, lambda layer, x: values[layer].to(x.device).expand_as(x))
+def scale(vlm: VLM, neurons: Chosen, factor: float) -> AbstractContextManager[None]:
+    """With the neurons' activations multiplied by `factor` at all positions."""
+    return _affine(vlm, neurons, float(factor))
 
 
-@contextlib.contextmanager
-def perturb(vlm: VLM, neurons: Sequence[Neuron], sigma: float, *, seed: int = 0) -> Iterator[None]:
-    """Neurons whose writes carry N(0, 1) * sigma of noise, as in the paper's perturbation [code].
+def mean_ablate(vlm: VLM, neurons: Chosen, means: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """With the neurons' activations replaced, at all positions, by their mean: for each layer `[neurons]`, such as
+    `mean_activations` gives. Raises MmnError for means of other shapes."""
+    if [len(each) for each in means] != vlm.anatomy.neurons:
+        raise MmnError("The means have other numbers of neurons than this model: take them from its own captions.")
+    return _affine(vlm, neurons, 0.0, means)
 
-    Raises MmnError for neurons that are not in the model."""
-    layers, _ = _by_layer(vlm, neurons)
+
+def mean_activations(traces: Sequence[Trace]) -> list[Tensor]:
+    """Mean activations over the steps of some captions, each caption counting the same: for each layer float32 `[neurons]`.
+
+    Raises MmnError if there is none, or one was not recorded."""
+    if not traces or any(not trace.activations or not len(trace.tokens) for trace in traces):
+        raise MmnError("Means come from captions with recorded activations: give at least one, made with recording on.")
+    layers = range(len(traces[0].activations))
+    return [torch.stack([trace.activations[layer].mean(0) for trace in traces]).mean(0) for layer in layers]
+
+
+@contextmanager
+def perturb(vlm: VLM, neurons: Sequence[Neuron], sigma: float, seed: int = 0) -> Iterator[None]:
+    """With N(0, 1) * sigma added to every number of the neurons' writes (the paper's release), drawn in float32 on the CPU."""
+    if not sigma >= 0:
+        raise MmnError(f"sigma is a standard deviation, at least 0, not {sigma!r}.")
+    vlm.anatomy.check(neurons)
+    noise = torch.randn(len(neurons), vlm.hidden, generator=torch.Generator().manual_seed(seed)) * sigma
+    with added(vlm, neurons, noise):
+        yield
+
+
+@contextmanager
+def added(vlm: VLM, neurons: Sequence[Neuron], changes: Tensor) -> Iterator[None]:
+    """With `changes` float32 `[neurons, hidden]` added to the neurons' writes: a hook adds `a_i * change_i` to the projection's
+    output in float32, so that quantised, offloaded and half-precision weights are changed as exactly as others."""
+    vlm.anatomy.check(neurons)
+    with ExitStack() as stack:
+        for layer, group in by_layer(neurons).items():
+            places, units = (list(each) for each in zip(*group, strict=True))
+            stack.callback(vlm.anatomy.ffns[layer].add(units, changes[places]).remove)
+        yield
+
+
+class Shuffle:
+    """The permutation of the image tokens in use, int64 `[image tokens]`; None until the first picture."""
+
+    def __init__(self, permutation: Tensor | None, seed: int):
+        if permutation is not None and sorted(torch.as_tensor(permutation).tolist()) != list(range(len(permutation))):
+            raise MmnError("A permutation names every position from 0 once, in any order.")
+        self.permutation = None if permutation is None else torch.as_tensor(permutation)
+        self.seed = seed
+
+    def of(self, count: int) -> Tensor:
+        """The permutation for `count` tokens. Raises MmnError if the one given has another length."""
+        if self.permutation is None:
+            self.permutation = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+        if len(self.permutation) != count:
+            raise MmnError(f"The permutation has {len(self.permutation)} entries and the picture {count} tokens.")
+        return self.permutation
+
+
+@contextmanager
+def shuffle_image_tokens(vlm: VLM, permutation: Tensor | None = None, *, seed: int = 0) -> Iterator[Shuffle]:
+    """With the picture's tokens permuted at the language model's input: position p reads what stood at `permutation[p]`.
+
+    Without a permutation one is drawn from `seed` at the first picture, for its number of tokens. Gives a handle whose
+    `.permutation` is the one in use."""
+    state = Shuffle(permutation, seed)
+    where: list[Tensor] = []
+
+    def find(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        where[:] = [ids == vlm.anatomy.image_token] if ids is not None else []
+
+    def move(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        embedded = kwargs.get("inputs_embeds")
+        if not where or embedded is None or embedded.shape[:2] != where[0].shape or not where[0].any():
+            return None
+        moved = embedded.clone()
+        for row, mask in enumerate(where[0].to(embedded.device)):
+            if mask.any():
+                moved[row, mask] = embedded[row, mask][state.of(int(mask.sum())).to(embedded.device)]
+        return args, {**kwargs, "inputs_embeds": moved}
+
+    with ExitStack() as stack:
+        stack.callback(vlm.model.register_forward_pre_hook(find, with_kwargs=True).remove)
+        stack.callback(vlm.anatomy.decoder.register_forward_pre_hook(move, with_kwargs=True).remove)
+        yield state
+
+
+def same_layer_random(vlm: VLM, neurons: Sequence[Neuron], draws: int = 20, seed: int = 0) -> list[list[Neuron]]:
+    """The random control: `draws` lists in which each neuron is replaced by another of its layer, never one of the given, none
+    twice.
+
+    Raises MmnError if a layer has too few others."""
+    vlm.anatomy.check(neurons)
+    if not isinstance(draws, int) or draws < 1:
+        raise MmnError(f"draws is a whole number of at least 1, not {draws!r}.")
     generator = torch.Generator().manual_seed(seed)
-    with contextlib.ExitStack() as stack:
-        for layer, pairs in sorted(layers.items()):
-            projection = vlm.anatomy.projections[layer]
-            units = [unit for _, unit in pairs]
-            noise = sigma * torch.randn(len(units), projection.out_features, generator=generator)
-
-            def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, units: list[int] = units, noise: Tensor = noise) -> Tensor:
-                return out + args[0][..., units] @ noise.to(out.device, out.dtype)
-
-            stack.callback(projection.register_forward_hook(add).remove)
-        yield
-
-
-@contextlib.contextmanager
-def shuffle_image_tokens(vlm: VLM, order: Sequence[int] | None = None, *, seed: int = 0) -> Iterator[np.ndarray]:
-    """The picture's tokens in another order at the language model's input: position p holds what token `order[p]` held.
-
-    Yields the order as `[tokens]` (drawn from `seed` at the first picture if none is given), so that heatmaps can be put back:
-    `grid.flatten()[np.argsort(order)]`. Raises MmnError for an order that is no permutation of the tokens."""
-    chosen = np.array([] if order is None else order, dtype=int)
-    result = chosen if order is not None else np.zeros(0, int)
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        embeds = kwargs.get("inputs_embeds")
-        places = vlm.image_positions
-        if embeds is None or places is None or embeds.shape[1] < places.shape[1]:
-            return args, kwargs  # a later step of generation, which reads no picture
-        count = int(places[0].sum())
-        nonlocal result
-        if len(result) == 0:
-            result = np.random.default_rng(seed).permutation(count)
-            drawn.resize(count, refcheck=False)
-            drawn[:] = result
-        if sorted(result.tolist()) != list(range(count)):
-            raise MmnError(f"The order must hold each of the {count} image tokens once.")
-        mixed = embeds.clone()
-        for row in range(len(embeds)):
-            where = places[row].to(embeds.device).nonzero()[:, 0]
-            mixed[row, where] = embeds[row, where[torch.as_tensor(result, device=embeds.device)]]
-        return args, {**kwargs, "inputs_embeds": mixed}
-
-    drawn = result.copy()
-    handle = vlm.anatomy.decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield drawn
-    finally:
-        handle.remove()
-
-
-def same_layer_random(vlm: VLM, neurons: Sequence[Neuron], *, draws: int = 20, seed: int = 0) -> list[list[Neuron]]:
-    """The control: `draws` lists in which each neuron is replaced by another of its layer, never one of `neurons`, none twice.
-
-    Raises MmnError where a layer has too few other neurons."""
-    vlm.anatomy.check([Neuron(*neuron) for neuron in neurons])
-    rng = np.random.default_rng(seed)
-    taken = {layer: {unit for la, unit in neurons if la == layer} for layer, _ in neurons}
-    free = {layer: np.setdiff1d(np.arange(vlm.anatomy.neurons[layer]), list(units)) for layer, units in taken.items()}
-    for layer, units in taken.items():
-        if len(free[layer]) < len(units):
-            raise MmnError(f"Layer {layer} has too few other neurons to replace {len(units)} of them.")
-    lists = []
+    groups = by_layer(neurons)
+    others = {}
+    for layer, group in groups.items():
+        given = {unit for _, unit in group}
+        others[layer] = torch.tensor([u for u in range(vlm.anatomy.neurons[layer]) if u not in given])
+        if len(others[layer]) < len(group):
+            raise MmnError(f"Layer {layer} has only {len(others[layer])} other neurons to draw {len(group)} from.")
+    drawn = []
     for _ in range(draws):
-        drawn = {layer: iter(rng.choice(free[layer], len(units), replace=False).tolist()) for layer, units in taken.items()}
-        lists.append([Neuron(layer, next(drawn[layer])) for layer, _ in neurons])
-    return lists
+        row: list[Neuron] = [Neuron(0, 0)] * len(neurons)
+        for layer, group in groups.items():
+            picks = others[layer][torch.randperm(len(others[layer]), generator=generator)[: len(group)]].tolist()
+            for (place, _), unit in zip(group, picks, strict=True):
+                row[place] = Neuron(layer, unit)
+        drawn.append(row)
+    return drawn

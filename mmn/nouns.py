@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Found = tuple[str, str, tuple[int, int]]
 Lexicon = Callable[[str], list[Found]]
 
 
 class Noun(NamedTuple):
-    """A noun the model said: its form in the text, its lemma, the id of its first sub-token, the step that produced that token, and
-    where it stands in the text (first character, one past the last)."""
+    """A noun the model said: its form in the text, its lemma, the id of its first sub-token, the step that produced that token,
+    and where it stands in the text (first character, one past the last)."""
 
     text: str
     lemma: str
@@ -42,7 +42,7 @@ def tagged_nouns(text: str) -> list[Found]:
 
 
 @functools.cache
-def _tagger():  # noqa: ANN202
+def _tagger() -> Any:
     try:
         import spacy
 
@@ -51,98 +51,17 @@ def _tagger():  # noqa: ANN202
         return None
 
 
-_OPENERS = [
-    "a",
-    "an",
-    "the",
-    "two",
-    "three",
-    "four",
-    "five",
-    "some",
-    "several",
-    "many",
-    "his",
-    "her",
-    "their",
-    "its",
-    "of",
-    "on",
-    "in",
-    "at",
-    "by",
-    "with",
-    "near",
-    "under",
-    "over",
-    "and",
-]
-_NOT_NOUNS = set(
-    _OPENERS
-    + [
-        "to",
-        "from",
-        "for",
-        "as",
-        "or",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "has",
-        "have",
-        "it",
-        "this",
-        "that",
-        "there",
-        "front",
-        "top",
-        "next",
-        "left",
-        "right",
-        "up",
-        "down",
-        "out",
-        "into",
-        "very",
-        "large",
-        "small",
-        "big",
-        "little",
-        "old",
-        "new",
-        "young",
-        "red",
-        "blue",
-        "green",
-        "white",
-        "black",
-        "brown",
-        "yellow",
-        "orange",
-        "pink",
-        "grey",
-        "gray",
-        "purple",
-        "wooden",
-        "sitting",
-        "standing",
-        "holding",
-        "wearing",
-        "looking",
-        "walking",
-        "riding",
-        "playing",
-        "eating",
-        "flying",
-        "lying",
-        "image",
-        "picture",
-        "photo",
-    ]
+# Function words, colours and adjectives that end a run of words without being its noun.
+_NOT_NOUNS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a an the two three four five some several many his her their its of on in at by with near under over and to from for as or
+        is are was were be been being has have it this that there front top next left right up down out into very large small big
+        little old new young red blue green white black brown yellow orange pink grey gray purple wooden sitting standing holding
+        wearing looking walking riding playing eating flying lying image picture photo
+        """,
+    )
 )
 
 
@@ -152,12 +71,12 @@ def guessed_nouns(text: str) -> list[Found]:
     found = []
     for index, (word, span) in enumerate(words):
         following = words[index + 1][0].lower() if index + 1 < len(words) else "."
-        if len(word) > 2 and word.isalpha() and word.lower() not in _NOT_NOUNS:
-            if following in _NOT_NOUNS or not following.isalpha():
-                lemma = word.lower()
-                if lemma.endswith("s") and not lemma.endswith(("ss", "us", "is")):
-                    lemma = lemma[:-1]
-                found.append((word, lemma, span))
+        ends = following in _NOT_NOUNS or not following.isalpha()
+        if ends and len(word) > 2 and word.isalpha() and word.lower() not in _NOT_NOUNS:
+            lemma = word.lower()
+            if lemma.endswith("s") and not lemma.endswith(("ss", "us", "is")):
+                lemma = lemma[:-1]
+            found.append((word, lemma, span))
     return found
 
 

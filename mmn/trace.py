@@ -3,80 +3,139 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmn import nouns
 from mmn.anatomy import Anatomy
 from mmn.errors import MmnError
+from mmn.nouns import Lexicon, Noun
+
+WINDOW = 4  # tokens of context in which the next one is decoded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """The record of one picture's caption.
 
-    text: prefix and generated words. tokens: generated ids, int64 `[steps]`, without the end mark. pieces: the same as the tokenizer
-    writes them. ends: for each step where in `text` its piece ends. logprobs: natural log of each token's probability `[steps]`.
-    activations: for each layer float32 `[steps, neurons]`, what the FFN's output projection received at the position that *produced*
-    the step's token; empty if recording was off. image, prompt and prefix: what was asked."""
+    tokens: generated ids, int64 `[steps]`, without the end mark; ended: whether the model set
+    one. logprobs: natural log of each token's probability `[steps]`. activations: for each layer float32 `[steps, neurons]`,
+    what the FFN's output projection received at the position that *produced* the step's token. stream: float32 `[steps,
+    hidden]`, what the final norm received there. Both are empty if recording was off. image, prompt and prefix: what was
+    asked."""
 
-    text: str
     tokens: Tensor
-    pieces: list[str]
-    ends: list[int]
+    ended: bool
     logprobs: Tensor
     activations: list[Tensor] = field(repr=False)
+    stream: Tensor | None = field(repr=False)
     image: Image.Image | None
     prompt: str
     prefix: str
-    lexicon: nouns.Lexicon = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    context: list[int] = field(repr=False)
+    lexicon: Lexicon = field(repr=False)
 
     @cached_property
-    def nouns(self) -> list[nouns.Noun]:
-        """The nouns the model said, each once, where it first said it."""
+    def text(self) -> str:
+        """The prefix and what was generated, without special tokens."""
+        return self.prefix + "".join(self.pieces)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text that each step added, leading space included; a part of a character adds nothing until the character is
+        whole."""
+        return self._decoded[0]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """For each step where in `text` its piece ends; for a part of a character, where the character does."""
+        return self._decoded[1]
+
+    @cached_property
+    def _decoded(self) -> tuple[list[str], list[int]]:
+        # Decode in the context of the tokens before, as a stream does: many tokenizers drop the space of a first token.
+        ids = self.context + self.tokens.tolist()
+        read = len(self.context)
+        start, length = 0, len(self.prefix)
+        pieces: list[str] = []
+        ends: list[int] = []
+        for end in range(read + 1, len(ids) + 1):
+            before, after = self.decode(ids[start:read]), self.decode(ids[start:end])
+            # No character has more than four parts: what is still broken then stays so.
+            broken = after.endswith("\ufffd") and end - read < 4 and end < len(ids)
+            piece = "" if broken else after[len(before) :]
+            length += len(piece)
+            pieces.append(piece)
+            ends.append(length)
+            if not broken:
+                ends[read - end :] = [length] * (end - read)
+                start, read = max(end - WINDOW, 0), end
+        return pieces, ends
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of some tokens, without special ones, spaces as they are."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def nouns(self) -> list[Noun]:
+        """The nouns the model said, each once, where it first said it; those of the given prefix do not count."""
         start = len(self.prefix)
-        found: dict[str, nouns.Noun] = {}
+        found: dict[str, Noun] = {}
         for text, lemma, (first, last) in self.lexicon(self.text):
-            if first >= start and lemma not in found:
+            if first >= start and lemma not in found and self.ends and first < self.ends[-1]:
                 step = next(s for s, end in enumerate(self.ends) if end > first)
-                found[lemma] = nouns.Noun(text, lemma, int(self.tokens[step]), step, (first, last))
+                found[lemma] = Noun(text, lemma, int(self.tokens[step]), step, (first, last))
         return list(found.values())
 
-    def noun(self, word: str | nouns.Noun) -> nouns.Noun:
+    def noun(self, word: str | Noun) -> Noun:
         """The noun that `word` (its lemma or its form in the text) stands for. Raises MmnError if the caption does not say it."""
-        if isinstance(word, nouns.Noun):
+        if isinstance(word, Noun):
+            if not 0 <= word.step < len(self.tokens):
+                raise MmnError(f"The caption has {len(self.tokens)} steps, so there is no step {word.step} of {word.text!r}.")
             return word
+        if not isinstance(word, str):
+            raise MmnError(f"A noun is a word or one of trace.nouns, not {word!r}.")
         for noun in self.nouns:
             if word.strip().lower() in (noun.lemma, noun.text.lower()):
                 return noun
         said = ", ".join(noun.lemma for noun in self.nouns) or "none"
-        raise MmnError(f"The caption does not say {word!r}; its nouns are: {said}.")
+        raise MmnError(f"The caption {self.text!r} does not say {word!r}; its nouns are: {said}.")
 
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        return f"Trace({self.text!r}, {len(self.tokens)} steps)"
+
 
 class Recorder:
-    """Keeps, while it is on, each FFN's input at the last position of every forward pass: `[batch, neurons]` a layer and step."""
+    """Keeps, while it is on, each FFN's activations and the final norm's input at the last position of every forward pass:
+    `[batch, neurons]` and `[batch, hidden]` a step."""
 
     def __init__(self, anatomy: Anatomy):
         self.anatomy = anatomy
-        self.steps: list[list[Tensor]] = [[] for _ in anatomy.layers]
+        self.steps: list[list[Tensor]] = [[] for _ in anatomy.ffns]
+        self.stream: list[Tensor] = []
 
     def __enter__(self) -> Recorder:
-        self.handles = [
-            projection.register_forward_pre_hook(self._keep(layer)) for layer, projection in enumerate(self.anatomy.projections)
-        ]
+        self._handles = []
+        try:
+            for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
+                self._handles.append(ffn.watch(partial(_keep, kept)))
+            norm = self.anatomy.final_norm
+            self._handles.append(norm.register_forward_pre_hook(lambda _, args: _keep(self.stream, args[0])))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
-    def _keep(self, layer: int):  # noqa: ANN202
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.steps[layer].append(args[0][:, -1].clone())
-
-        return hook
-
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
+
+
+def _keep(kept: list[Tensor], seen: Tensor) -> None:
+    kept.append(seen[:, -1].detach().clone())  # a view would keep every position

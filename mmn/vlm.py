@@ -1,246 +1,397 @@
-"""Load a vision-language model and let it caption pictures while its neurons are recorded."""
+"""Load a vision-language model and let it caption pictures, with every neuron's activation recorded where a token is produced."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature, LogitsProcessor, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from tqdm.auto import tqdm
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
 
-from mmn import anatomy, nouns
+from mmn import nouns
+from mmn.anatomy import Anatomy, find
 from mmn.errors import MmnError
 from mmn.paths import data_path
-from mmn.trace import Recorder, Trace
+from mmn.trace import WINDOW, Recorder, Trace
 
 PROMPT = "Describe the image in few words."  # the paper's
-PREFIX = "An image of"  # how the answer begins: the paper's
+PREFIX = "An image of"
 
 
 class VLM:
-    """A vision-language model with its processor and anatomy.
+    """A vision-language model ready for work: .model, .processor, .tokenizer, .anatomy, .name and .hash (of the weights as
+    loaded).
 
-    name: what it was loaded as. hash: 16 hexadecimal digits that tell its weights from others. anatomy: where its parts are."""
+    Build one yourself from any transformers model and its processor where `mmn.load` does not do; `lexicon` finds the nouns of a
+    caption (mmn.nouns)."""
 
-    def __init__(self, model: PreTrainedModel, processor: Any, name: str):
-        self.model, self.processor, self.name = model.eval(), processor, name
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.tokenizer.padding_side = "left"
-        self.anatomy = anatomy.find(model)
-        self.hash = _identity(model)
-        self.lexicon = nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
-        self.image_positions: Tensor | None = None  # of the batch that is being read, bool `[batch, positions]`
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str = "",
+        *,
+        anatomy: Anatomy | None = None,
+        lexicon: nouns.Lexicon | None = None,
+        hash: str | None = None,
+    ):
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
+        if self.tokenizer is None:
+            raise MmnError(f"The processor {type(processor).__name__} has no tokenizer, so this model reads and writes no text.")
+        self.tokenizer.padding_side = "left"  # so that the last position of every row produces its next token
+        self.anatomy = anatomy or find(model)
+        self.name = name or type(model).__name__
+        self.lexicon = lexicon or nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
+        self.hash = hash or hash_tensors(model.state_dict())
 
     def __repr__(self) -> str:
-        return f"VLM({self.name!r}, {len(self.anatomy.layers)} layers, {self.anatomy.total} neurons, {self.hash})"
+        return f"VLM({self.name!r}, {len(self.anatomy.ffns)} layers, {self.anatomy.total:,} neurons, {self.device})"
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """Where the model's inputs go."""
         return self.model.get_input_embeddings().weight.device
 
-    def render(self, prompt: str, prefix: str, picture: bool = True) -> str:
-        """The full text of a request: the chat template where the processor has one, with the answer begun by `prefix`."""
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] if picture else []
-            talk = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-            if not prefix:
-                return self.processor.apply_chat_template(talk, add_generation_prompt=True)
-            talk.append({"role": "assistant", "content": [{"type": "text", "text": prefix}]})
-            return self.processor.apply_chat_template(talk, continue_final_message=True)
-        mark = f"{getattr(self.processor, 'image_token', '<image>')}\n" if picture else ""
-        return f"{mark}{prompt} {prefix}".rstrip()
+    @property
+    def hidden(self) -> int:
+        """Width of the decoder's stream."""
+        return self.anatomy.unembedding.in_features
 
-    def inputs(self, images: Sequence[Image.Image] | None, prompts: Sequence[str], prefix: str) -> BatchFeature:
-        """What the model reads for these requests, left-padded, on its device."""
-        texts = [self.render(prompt, prefix, images is not None) for prompt in prompts]
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
-        start = self.tokenizer.bos_token
-        if start and texts[0].startswith(start):
-            options["add_special_tokens"] = False  # the template has written it
-        if images is None:
-            batch = self.tokenizer(texts, **options)
-        else:
-            batch = self.processor(images=list(images), text=texts, **options)
-        batch = batch.to(self.device)
-        for name, value in batch.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                batch[name] = value.to(self.model.dtype)
-        self.image_positions = batch["input_ids"] == self.anatomy.image_token
-        return batch
+    # ------------------------------------------------------------------------------------------------------------- inputs
 
-    @torch.inference_mode()
+    def inputs(self, images: Sequence[Image.Image | None], prompts: Sequence[str], prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """What the model's forward takes for a batch of pictures (all or none may be None), left-padded, on the model's
+        device."""
+        with_image = images[0] is not None
+        if any((image is not None) != with_image for image in images):
+            raise MmnError("Either every item of a batch has a picture or none has: caption the others in a call of their own.")
+        texts = [self.chat(prompt, prefix, with_image) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        bos = self.tokenizer.bos_token
+        options: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
+        if bos and texts[0].startswith(bos):
+            options["add_special_tokens"] = False  # the template has set them
+        if with_image:
+            options["images"] = [[_enlarged(image)] for image in images if image is not None]
+        try:
+            encoded = self.processor(**options)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise MmnError(f"The model's processor refuses this picture or prompt: {reason[0]}") from error
+        moved = {}
+        for key, value in encoded.items():
+            if isinstance(value, Tensor):
+                floating = value.is_floating_point()
+                moved[key] = value.to(self.device, self.anatomy.unembedding.weight.dtype if floating else value.dtype)
+        self._check_length(moved["input_ids"].shape[1])
+        return moved
+
+    def chat(self, prompt: str, prefix: str, image: bool = True) -> str:
+        """The text of one conversation: the picture, the prompt, and the beginning of the answer."""
+        if getattr(self.processor, "chat_template", None) is None:
+            mark = getattr(self.processor, "image_token", "") if image else ""
+            return f"{mark}{prompt} {prefix}".rstrip()
+        asked: list[dict[str, Any]] = [{"type": "image"}] if image else []
+        conversation = [{"role": "user", "content": [*asked, {"type": "text", "text": prompt}]}]
+        if not prefix:
+            return self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        conversation.append({"role": "assistant", "content": [{"type": "text", "text": prefix}]})
+        return self.processor.apply_chat_template(conversation, continue_final_message=True)
+
+    def image_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Which positions of a prompt hold the picture, bool `[batch, positions]`."""
+        return inputs["input_ids"] == self.anatomy.image_token
+
+    def _check_length(self, length: int) -> None:
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or length
+        if length > limit:
+            raise MmnError(f"The prompt has {length} tokens and this model reads at most {limit}: shorten it.")
+
+    # ----------------------------------------------------------------------------------------------------------- captions
+
+    @overload
+    def caption(
+        self, image: Image.Image | None, prompt: str = ..., prefix: str = ..., max_new_tokens: int = ..., *,
+        batch_size: int = ..., record: bool = ...,
+    ) -> Trace: ...  # fmt: skip
+
+    @overload
+    def caption(
+        self, image: Sequence[Image.Image | None], prompt: str | Sequence[str] = ..., prefix: str | Sequence[str] = ...,
+        max_new_tokens: int = ..., *, batch_size: int = ..., record: bool = ...,
+    ) -> list[Trace]: ...  # fmt: skip
+
     def caption(
         self,
-        images: Image.Image | Sequence[Image.Image],
-        *,
+        image: Image.Image | None | Sequence[Image.Image | None],
         prompt: str | Sequence[str] = PROMPT,
-        prefix: str = PREFIX,
+        prefix: str | Sequence[str] = PREFIX,
         max_new_tokens: int = 50,
+        *,
         batch_size: int = 8,
         record: bool = True,
-    ) -> Any:
-        """Describe one picture, or several, greedily; `Trace` for one, a list of them for several.
+    ) -> Trace | list[Trace]:
+        """Caption one picture (a Trace) or several (a list of Traces, worked in batches), greedily, the answer begun with
+        `prefix`.
 
-        `prompt` may differ from picture to picture. With `record` every neuron's activation at each generating position is kept.
-        Raises MmnError for no pictures, prompts that do not match, or a nonsensical length."""
-        single = isinstance(images, Image.Image)
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
-        if not pictures:
-            raise MmnError("There are no pictures to describe; give at least one.")
-        if len(prompts) != len(pictures):
-            raise MmnError(f"There are {len(prompts)} prompts for {len(pictures)} pictures; give one, or one for each.")
-        if max_new_tokens < 1 or batch_size < 1:
-            raise MmnError("max_new_tokens and batch_size must be at least 1.")
-        pictures = [picture.convert("RGB") for picture in pictures]
+        None for a picture asks in words alone. `prompt` and `prefix` may be lists with one for each picture. `record=False`
+        leaves the activations out. Raises MmnError for anything but pictures, and for limits below 1."""
+        alone = image is None or isinstance(image, Image.Image)
+        images: list[Any] = [image] if alone else list(image)  # type: ignore[arg-type]
+        if not images:
+            raise MmnError("There are no pictures to caption: give at least one.")
+        for each in images:
+            if each is not None and not isinstance(each, Image.Image):
+                raise MmnError(f"A picture is a PIL image, not {type(each).__name__}: open a file with mmn.open_image.")
+        for what, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise MmnError(f"{what} is a whole number of at least 1, not {value!r}.")
+        prompts, prefixes = _each("prompt", prompt, len(images)), _each("prefix", prefix, len(images))
         traces: list[Trace] = []
-        for start in range(0, len(pictures), batch_size):
-            part = slice(start, start + batch_size)
-            traces += self._generate(pictures[part], prompts[part], prefix, max_new_tokens, record)
-        return traces[0] if single else traces
+        starts = range(0, len(images), batch_size)
+        for start in tqdm(starts, desc="captions", leave=False, disable=len(starts) < 2):
+            rows = slice(start, start + batch_size)
+            traces += self._caption(images[rows], prompts[rows], prefixes[rows], max_new_tokens, record)
+        return traces[0] if alone else traces
 
-    def answer(self, question: str, *, max_new_tokens: int = 30) -> str:
-        """The model's answer to a question without a picture."""
-        with torch.inference_mode():
-            return self._generate(None, [question], "", max_new_tokens, False)[0].text.strip()
+    def answer(self, text: str, image: Image.Image | None = None, max_new_tokens: int = 20) -> str:
+        """The model's answer to a question, with or without a picture."""
+        return self.caption(image, text, "", max_new_tokens, record=False).text.strip()
 
-    def _generate(
-        self, images: list[Image.Image] | None, prompts: list[str], prefix: str, length: int, record: bool
+    def generation(self, max_new_tokens: int) -> GenerationConfig:
+        """Plain greedy decoding, whatever the checkpoint's own settings are, with its own special tokens."""
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+            temperature=1.0, top_k=50, top_p=1.0, min_new_tokens=0, return_dict_in_generate=False,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _caption(
+        self,
+        images: Sequence[Image.Image | None],
+        prompts: Sequence[str],
+        prefixes: Sequence[str],
+        limit: int,
+        record: bool,
     ) -> list[Trace]:
-        batch = self.inputs(images, prompts, prefix)
-        width = batch["input_ids"].shape[1]
-        said = _LogProbs()
-        with Recorder(self.anatomy) if record else contextlib.nullcontext() as recorder:
-            ids = self.model.generate(**batch, do_sample=False, max_new_tokens=length, logits_processor=[said])
-        ids = ids[:, width:].cpu()
-        logprobs = torch.stack(said.steps, 1).cpu()
-        layers = [torch.stack(steps, 1) for steps in recorder.steps] if recorder else []
-        stops = self.model.generation_config.eos_token_id
-        ends = set(stops if isinstance(stops, list) else [stops]) | {self.tokenizer.pad_token_id}
-        traces = []
-        for row, tokens in enumerate(ids.tolist()):
-            steps = next((s for s, token in enumerate(tokens) if token in ends), len(tokens))
-            text, places = self._spell(prefix, tokens[:steps])
-            traces.append(
-                Trace(
-                    text,
-                    ids[row, :steps].clone(),
-                    self.tokenizer.convert_ids_to_tokens(tokens[:steps]),
-                    places,
-                    logprobs[row, :steps].clone(),
-                    [layer[row, :steps].float().cpu() for layer in layers],
-                    images[row] if images else None,
-                    prompts[row],
-                    prefix,
-                    self.lexicon,
-                )
+        inputs = self.inputs(images, prompts, prefixes)
+        probabilities = _LogProbabilities()
+        recorder = Recorder(self.anatomy)
+        with recorder if record else nullcontext(), quiet():
+            out = self.model.generate(
+                **inputs, generation_config=self.generation(limit), logits_processor=LogitsProcessorList([probabilities])
             )
+        length = inputs["input_ids"].shape[1]
+        tokens = out[:, length:].cpu()
+        logprobs = torch.stack(probabilities.kept, 1).cpu()
+        # One copy a layer, [batch, steps, neurons]; the traces are views of it.
+        activations = [torch.stack(steps, 1).float().cpu() for steps in recorder.steps] if record else []
+        stream = torch.stack(recorder.stream, 1).float().cpu() if record else None
+        ends = self._end_tokens()
+        traces = []
+        for row in range(len(images)):
+            stops = [step for step, token in enumerate(tokens[row].tolist()) if token in ends]
+            steps = stops[0] if stops else tokens.shape[1]
+            said = tokens[row, :steps]
+            context = inputs["input_ids"][row, -WINDOW:].tolist()
+            trace = Trace(
+                said, bool(stops), logprobs[row, :steps], [layer[row, :steps] for layer in activations],
+                stream[row, :steps] if stream is not None else None,
+                images[row], prompts[row], prefixes[row], self.tokenizer, context, self.lexicon,
+            )  # fmt: skip
+            traces.append(trace)
         return traces
 
-    def _spell(self, prefix: str, tokens: list[int]) -> tuple[str, list[int]]:
-        """The text of prefix and tokens, and where in it each token ends."""
-        head = self.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
-        texts = [self.tokenizer.decode(head + tokens[: n + 1], skip_special_tokens=True) for n in range(len(tokens))]
-        return (texts[-1] if texts else prefix), [len(text) for text in texts]
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends]) if ends is not None else set()
 
-    def replay_ids(self, trace: Trace, steps: int) -> BatchFeature:
-        """The request of a trace with its first `steps` tokens appended: what the model had read when it produced token `steps`.
+    # ------------------------------------------------------------------------------------------------------------- replay
 
-        Raises MmnError for a trace without a picture."""
-        if trace.image is None:
-            raise MmnError("This trace has no picture to read again.")
-        batch = self.inputs([trace.image], [trace.prompt], trace.prefix)
-        said = trace.tokens[:steps].to(self.device)[None]
-        for name, extra in (("input_ids", said), ("attention_mask", torch.ones_like(said))):
-            batch[name] = torch.cat([batch[name], extra], dim=1)
-        for name in ("mm_token_type_ids", "token_type_ids"):
-            if name in batch:
-                batch[name] = torch.cat([batch[name], torch.zeros_like(said)], dim=1)
-        self.image_positions = batch["input_ids"] == self.anatomy.image_token
-        return batch
+    def replay(self, trace: Trace, steps: int) -> dict[str, Tensor]:
+        """The inputs of one forward pass over a trace's prompt and its first `steps` tokens: its last position is the one that
+        produced token `steps`, the position `steps - s` before it the one that produced token s."""
+        inputs = self.inputs([trace.image], [trace.prompt], [trace.prefix])
+        ids = inputs["input_ids"]
+        new = trace.tokens[None, :steps].to(ids.device)
+        for key, value in inputs.items():
+            if value.shape == ids.shape:  # masks and types of tokens: text, attended to
+                fill = 1 if "attention" in key else 0
+                more = new if key == "input_ids" else value.new_full(new.shape, fill)
+                inputs[key] = torch.cat([value, more.to(value.dtype)], 1)
+        return inputs
 
 
-class _LogProbs(LogitsProcessor):
-    """Keeps the log probability of each step's best token `[batch]`, and nothing that grows with the vocabulary."""
+class _LogProbabilities(LogitsProcessor):
+    """Keeps the log probability of the likeliest token, which greedy decoding takes, `[batch]` a step."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self.kept: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().amax(-1) - scores.float().logsumexp(-1))
+        values = scores.float()
+        self.kept.append(values.amax(-1) - values.logsumexp(-1))
         return scores
 
 
-def _identity(model: PreTrainedModel) -> str:
-    """A hash of shapes and of 64 numbers at either end of every parameter: seconds for any size, and different after training."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu().numpy() if parameter.device.type != "meta" else b""
-        digest.update(json.dumps([name, list(parameter.shape)]).encode() + bytes(ends))
-    return digest.hexdigest()[:16]
+def _each(what: str, value: str | Sequence[str], count: int) -> list[str]:
+    values = [value] * count if isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise MmnError(f"There are {count} pictures and {len(values)} of {what}: give one, or one for each picture.")
+    if not all(isinstance(each, str) for each in values):
+        raise MmnError(f"{what} is text, not {next(each for each in values if not isinstance(each, str))!r}.")
+    return values
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers talks while it loads; a reader's notebook keeps what it says."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+def _enlarged(image: Image.Image) -> Image.Image:
+    """RGB; a picture a few pixels wide grows, because processors take a side of 1 or 3 for the colours."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    factor = -(-8 // min(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image
+
+
+# ------------------------------------------------------------------------------------------------------------------- loading
 
 
 def load(
-    name: str | Path = "tiny-llava",
+    name: str | PathLike[str] = "tiny-llava",
     *,
-    device_map: str | None = None,
-    dtype: str = "float32",
+    device_map: str | dict[str, Any] | None = None,
+    dtype: str | torch.dtype = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    lexicon: nouns.Lexicon | None = None,
+    **options: Any,
 ) -> VLM:
-    """Load the shipped model by its name, a checkpoint folder, or a model of the Hugging Face hub; safetensors only.
+    """A vision-language model: the shipped `tiny-llava`, a checkpoint folder, or a Hugging Face name.
 
-    Raises MmnError where there is no such model, or it is an encoder-decoder or has no vision."""
-    path = data_path(str(name)) if str(name) == "tiny-llava" else name
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise MmnError(f"There is no number type {dtype!r}; use float32, bfloat16 or float16.")
-    with _quiet():
+    device_map: None for the CPU, `cuda`, `mps`, or `auto` to spread a large model (needs accelerate). dtype: `float32` (the
+    default, whatever the checkpoint holds), `bfloat16`, `float16` or `auto`. revision: branch, tag or commit on the Hub.
+    Further options, such as `quantization_config`, go to `from_pretrained`. Only safetensors are read, and a download's own
+    code runs only with `trust_remote_code=True`. Raises MmnError where there is no such model, it reads no pictures, or weights
+    are missing."""
+    where = _resolve(name)
+    kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
+    if not isinstance(kind, torch.dtype) and kind != "auto":
+        raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
+    simple = isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu")
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet():
         try:
-            config = AutoConfig.from_pretrained(path, **options)
-        except (OSError, ValueError) as problem:
-            raise MmnError(
-                f"No model at {str(name)!r}: give a checkpoint folder or a Hugging Face name ({_first(problem)})."
-            ) from problem
-        if config.is_encoder_decoder:
-            raise MmnError(
-                f"{str(name)!r} is an encoder-decoder ({config.model_type}); the method needs a decoder that reads image tokens."
-            )
+            config = AutoConfig.from_pretrained(where, **common)
+            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+                raise MmnError(f"{name} is a {config.model_type}, which does not write text about pictures: choose another model.")
+            if getattr(config, "is_encoder_decoder", False):
+                raise MmnError(f"{name} is an encoder-decoder ({config.model_type}): choose a model with a decoder alone.")
+            files = _weight_files(where, revision)
+            processor = AutoProcessor.from_pretrained(where, backend="pil", **common)
+            builder: Any = AutoModelForImageTextToText
+            model, report = builder.from_pretrained(
+                where, dtype=kind, device_map=None if simple else device_map, use_safetensors=True, output_loading_info=True,
+                **common, **options,
+            )  # fmt: skip
+        except MmnError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise MmnError(f"{name} could not be loaded: {reason}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise MmnError(f"The checkpoint {name} lacks {len(missing)} weights, such as {missing[0]}: it is not whole.")
+    if simple:
         try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=getattr(torch, dtype), device_map=device_map, use_safetensors=True, **options
-            )
-            processor = AutoProcessor.from_pretrained(path, backend="pil", **options)
-        except ValueError as problem:
-            raise MmnError(
-                f"{str(name)!r} ({config.model_type}) does not read pictures and write text ({_first(problem)})."
-            ) from problem
-        except OSError as problem:
-            raise MmnError(f"The files of {str(name)!r} cannot be read ({_first(problem)}).") from problem
-    return VLM(model, processor, str(name))
+            model = model.to(device_map)
+        except (RuntimeError, AssertionError) as error:
+            raise MmnError(f"The device {device_map!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return VLM(model, processor, str(name), lexicon=lexicon, hash=hash_files(files))
 
 
-def _first(problem: Exception) -> str:
-    return str(problem).strip().split("\n")[0][:160].rstrip(".")
+def _resolve(name: str | PathLike[str]) -> str:
+    """A folder, or the name for the Hub. A shipped model's name stands for its folder."""
+    text = str(name)
+    if Path(text).is_dir():
+        if not (Path(text) / "config.json").exists():
+            raise MmnError(f"The folder {text} holds no checkpoint (no config.json): give the folder of a saved model.")
+        return text
+    if Path(text).exists():
+        raise MmnError(f"{text} is a file: give the folder of a saved model, or a Hugging Face name.")
+    try:
+        return str(data_path(text))
+    except MmnError:
+        if "/" not in text or text.startswith((".", "/", "~")):
+            choices = "tiny-llava, an existing folder, or a Hugging Face name as owner/model"
+            raise MmnError(f"There is no model {text!r}: give {choices}.") from None
+        return text
+
+
+def _weight_files(where: str, revision: str | None) -> list[Path]:
+    """The weight files of a checkpoint, which this downloads if need be."""
+    index = cached_file(where, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        single = cached_file(where, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
+        if single is None:
+            raise MmnError(f"{where} has no weights in safetensors, the only format that is read here: convert them first.")
+        return [Path(single)]
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    shards, _ = get_checkpoint_shard_files(where, index, revision=revision)
+    return [Path(shard) for shard in shards]
+
+
+def hash_files(files: Sequence[Path], whole: int = 1 << 28, block: int = 1 << 20) -> str:
+    """16 hex digits for a checkpoint's weight files: of every byte up to `whole` bytes a file, else of its size and 64 blocks
+    of it."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as handle:
+            starts = range(0, size, block) if size <= whole else range(0, size - block, (size - block) // 63)
+            for start in starts:
+                handle.seek(start)
+                digest.update(handle.read(block))
+    return digest.hexdigest()[:16]
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits for the names, shapes and values of some weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+        if value.device.type != "meta":
+            digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars out of notebooks."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
