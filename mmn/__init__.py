@@ -12,6 +12,7 @@ with mmn.zero(vlm, ranking.neurons):              # what happens without them
 
 from mmn.anatomy import Anatomy, Neuron
 from mmn.contribution import SCORES, NeuronRanking, contributions, rank
+from mmn.edit import Edit
 from mmn.errors import MmnError
 from mmn.heatmap import Heatmap, heatmap
 from mmn.images import list_images, open_image
@@ -28,6 +29,7 @@ __all__ = [
     "SCORES",
     "VLM",
     "Anatomy",
+    "Edit",
     "Heatmap",
     "MmnError",
     "Neuron",

@@ -46,6 +46,17 @@ class FFN:
         """The writes of some neurons, float32 `[units, hidden]`."""
         return self.projection.weight.detach()[:, list(units)].T.float()
 
+    @property
+    def plain(self) -> bool:
+        """Whether the weights are plain numbers in memory that can be changed in place: not quantised, not offloaded."""
+        weight = self.projection.weight
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+
+    @property
+    def columns(self) -> Tensor:
+        """The weights themselves, `[hidden, neurons]`: writing into them changes the model."""
+        return self.projection.weight.data
+
     def read(self, directions: Tensor) -> Tensor:
         """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`. One product reads the
         weights once."""

@@ -171,7 +171,8 @@ class VLM:
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, desc="captions", leave=False, disable=len(starts) < 2):
             rows = slice(start, start + batch_size)
-            traces += self._caption(images[rows], prompts[rows], prefixes[rows], max_new_tokens, record)
+            asked = images[rows], prompts[rows], prefixes[rows]
+            traces += self.generate(self.inputs(*asked), *asked, max_new_tokens, record)
         return traces[0] if alone else traces
 
     def answer(self, text: str, image: Image.Image | None = None, max_new_tokens: int = 20) -> str:
@@ -186,15 +187,16 @@ class VLM:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _caption(
+    def generate(
         self,
+        inputs: dict[str, Tensor],
         images: Sequence[Image.Image | None],
         prompts: Sequence[str],
         prefixes: Sequence[str],
         limit: int,
         record: bool,
     ) -> list[Trace]:
-        inputs = self.inputs(images, prompts, prefixes)
+        """`caption` of one batch from inputs that are ready."""
         probabilities = _LogProbabilities()
         recorder = Recorder(self.anatomy)
         with recorder if record else nullcontext(), quiet():

@@ -1,0 +1,94 @@
+"""`mmn bench`: what recording costs on top of generating, and ranking on top of that, from paired runs.
+
+Each repetition takes one picture through three timed parts, the first two in alternating order: plain `model.generate`; the same
+with every neuron recorded, up to the finished Trace; and ranking all nouns of the caption, which includes finding them. Pictures
+are prepared before the clock starts. The figures are medians of each repetition's own ratio, so that a machine that slows down on
+the way slows both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mmn import scenes
+from mmn.contribution import rank
+from mmn.errors import MmnError
+from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
+
+
+def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 50) -> dict[str, Any]:
+    """The ratios `record_overhead` (0.05: recording makes `generate` 5 % slower) and `rank_overhead` (ranking all nouns of a
+    caption by the time of captioning with recording), with seconds, steps and nouns (medians). Raises MmnError for numbers
+    below 1."""
+    if min(pictures, repeats) < 1:
+        raise MmnError("pictures and repeats are whole numbers of at least 1.")
+    rows = []
+    for index in tqdm(range(pictures * repeats + 1), desc="bench", leave=False):
+        image = scenes.draw(index % pictures).image
+        asked: Any = [image], [PROMPT], [PREFIX]
+        inputs = vlm.inputs(*asked)
+
+        def plain(inputs: dict[str, torch.Tensor] = inputs) -> Any:
+            with quiet(), torch.no_grad():
+                return vlm.model.generate(**inputs, generation_config=vlm.generation(max_new_tokens))
+
+        def recorded(inputs: dict[str, torch.Tensor] = inputs, asked: Any = asked) -> Any:
+            return vlm.generate(inputs, *asked, max_new_tokens, True)
+
+        if index % 2:
+            without, _ = _seconds(plain)
+            with_, (trace,) = _seconds(recorded)
+        else:
+            with_, (trace,) = _seconds(recorded)
+            without, _ = _seconds(plain)
+        ranking, found = _seconds(partial(rank, vlm, trace))
+        if index:  # the first run warms up
+            rows.append((with_ / without - 1, ranking / with_, without, with_, ranking, len(trace.tokens), len(found)))
+    names = ("record_overhead", "rank_overhead", "generate_seconds", "record_seconds", "rank_seconds", "steps", "nouns")
+    figures: dict[str, Any] = {name: statistics.median(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return figures | {
+        "pairs": len(rows), "threads": torch.get_num_threads(), "device": str(vlm.device), "model": vlm.name, "model_hash": vlm.hash
+    }  # fmt: skip
+
+
+def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    _wait()
+    start = time.perf_counter()
+    result = work()
+    _wait()
+    return time.perf_counter() - start, result
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmn bench`."""
+    parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=10, help="synthetic scenes to caption (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="times each is captioned (default: %(default)s)")
+    parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
+    parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn bench`."""
+    figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print(f"recording: {figures['record_overhead']:+.1%} on {figures['generate_seconds'] * 1000:.0f} ms of generating")
+        print(f"ranking {figures['nouns']:g} nouns: {figures['rank_overhead']:+.1%} of captioning with recording")
+    return 0
