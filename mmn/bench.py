@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from mmn import scenes
@@ -34,15 +35,14 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
     rows = []
     for index in tqdm(range(pictures * repeats + 1), desc="bench", leave=False):
         image = scenes.draw(index % pictures).image
-        asked: Any = [image], [PROMPT], [PREFIX]
-        inputs = vlm.inputs(*asked)
+        inputs = vlm.inputs([image], [PROMPT], [PREFIX])
 
         def plain(inputs: dict[str, torch.Tensor] = inputs) -> Any:
             with quiet(), torch.no_grad():
                 return vlm.model.generate(**inputs, generation_config=vlm.generation(max_new_tokens))
 
-        def recorded(inputs: dict[str, torch.Tensor] = inputs, asked: Any = asked) -> Any:
-            return vlm.generate(inputs, *asked, max_new_tokens, True)
+        def recorded(inputs: dict[str, torch.Tensor] = inputs, image: Image.Image = image) -> Any:
+            return vlm.generate(inputs, [image], [PROMPT], [PREFIX], max_new_tokens, record=True)
 
         if index % 2:
             without, _ = _seconds(plain)

@@ -59,10 +59,13 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow picture as RGB of 8 bits, upright."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
-        if picture.mode.startswith("I;16") or (values.max(initial=0) > 255 and values.min(initial=0) >= 0 and picture.mode == "I"):
-            values = values / 257  # 65535 becomes 255
-        return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8)).convert("RGB")
+        values = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        top = values.max(initial=0)
+        if picture.mode.startswith("I;16") or top > 255:
+            values = values / 257  # 16 bits: 65535 becomes 255
+        elif picture.mode == "F" and top <= 1:
+            values = values * 255  # shares of 1
+        return Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")

@@ -140,3 +140,9 @@ def pictures(count: int, seed: int = 0, size: tuple[int, int] = (40, 40)) -> lis
     """Random pictures."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@functools.cache
+def vlm() -> mmn.VLM:
+    """The usual one, built once."""
+    return llava()
