@@ -204,7 +204,9 @@ def draw(
     axes = each.subplots(-(-shown // 5), 5, squeeze=False).ravel().tolist()
     for spare in axes[shown:]:
         spare.set_axis_off()
-    plots.neurons(image, heat.grid[:shown], [str(n) for n in found[:shown]], table["tokens"][:shown], axes[:shown])
+    plots.neurons(
+        image, heat.grid[:shown], [str(n) for n in found[:shown]], list(table["tokens"])[:shown], axes[:shown], box=heat.box
+    )
     each.savefig(folder / f"{name}-neurons.png", dpi=150)
 
 

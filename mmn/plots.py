@@ -54,19 +54,25 @@ def heatmap(
     mask: ArrayLike | None = None,
     ax: Axes | None = None,
     title: str = "",
+    box: tuple[float, float, float, float] | None = None,
 ) -> Axes:
     """Draw a picture in grey, `values` over it as heat, and the outline of `mask`.
 
-    `values` is float `[h, w]`, a grid of image tokens or one value a pixel, stretched over the picture (bilinear);
-    `mask` is bool `[H, W]`, pixels of the picture. Raises MmnError if `values` has not two dimensions."""
+    `values` is float `[h, w]`, a grid of image tokens or one value a pixel, stretched (bilinear) over the picture, or over its
+    part `box` (left, top, right, bottom; pixels); `mask` is bool `[H, W]`, pixels of the picture. Raises MmnError if `values` has
+    not two dimensions."""
     heat = np.asarray(values, dtype=np.float64)
     if heat.ndim != 2:
         raise MmnError(f"A heatmap has two dimensions [h, w], not {heat.ndim}: choose one neuron or average over them.")
     ax = _axes(ax)
-    ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     width, height = image.size
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(heat, cmap=HEAT, alpha=0.6, extent=frame, interpolation="bilinear")
+    left, top, right, bottom = box or (0, 0, width, height)
+    small = image.convert("L")
+    small.thumbnail((512, 512))  # a photograph's pixels would only slow the drawing down
+    ax.imshow(small, cmap="gray", vmin=0, vmax=255, extent=frame)
+    seen = (left - 0.5, right - 0.5, bottom - 0.5, top - 0.5)
+    ax.imshow(heat, cmap=HEAT, alpha=0.6, extent=seen, interpolation="bilinear")
     if mask is not None and np.asarray(mask).any():
         # White on black, so that the line shows on any ground.
         for colour, thickness in (("black", 2.6), ("white", 1.2)):
@@ -84,11 +90,12 @@ def neurons(
     axes: Sequence[Axes] | None = None,
     columns: int = 5,
     words: int = 4,
+    box: tuple[float, float, float, float] | None = None,
 ) -> Sequence[Axes]:
     """Small multiples: each neuron's heatmap under its name, over the first `words` tokens it writes.
 
-    `grids` is float `[neurons, h, w]`; `names` and `tokens` have one entry a neuron. Each map has its own scale: what
-    is compared is where a neuron fires, not how strongly. Raises MmnError if the three differ in length."""
+    `grids` is float `[neurons, h, w]`, drawn over `box` as in `heatmap`; `names` and `tokens` have one entry a neuron. Each map
+    has its own scale: what is compared is where a neuron fires, not how strongly. Raises MmnError if the three differ in length."""
     maps = np.asarray(grids)
     if not len(maps) == len(names) == len(tokens):
         raise MmnError(f"There are {len(maps)} heatmaps, {len(names)} names and {len(tokens)} lists of tokens: give one each.")
@@ -101,9 +108,27 @@ def neurons(
         axes = grid[: len(maps)]
     assert axes is not None
     for ax, heat, name, written in zip(axes, maps, names, tokens, strict=True):
-        heatmap(image, heat, ax=ax, title=name)
+        heatmap(image, heat, ax=ax, title=name, box=box)
         ax.set_xlabel("\n".join(label(token.strip()) for token in written[:words]), fontsize=8)
     return axes
+
+
+def scores_by_layer(scores: Sequence[ArrayLike], found: Sequence[tuple[int, int]] = (), ax: Axes | None = None) -> Axes:
+    """A dot a neuron: its layer (spread sideways) and its score; the neurons `found`, pairs (layer, unit), as red diamonds.
+
+    `scores` has one array `[neurons]` a layer."""
+    ax = _axes(ax, 6.5, 3.0)
+    layers = [np.asarray(layer) for layer in scores]
+    spread = [number + np.linspace(-0.32, 0.32, len(layer)) for number, layer in enumerate(layers)]
+    ax.plot(np.concatenate(spread), np.concatenate(layers), ".", color=GREY, ms=2, label="all neurons", rasterized=True)
+    if found:
+        across, up = zip(*((spread[layer][unit], layers[layer][unit]) for layer, unit in found), strict=True)
+        ax.plot(across, up, "D", color=VERMILION, ms=5, mec="black", mew=0.6, label=f"the {len(found)} found")
+    ax.axhline(0, color="black", lw=0.6)
+    ax.set(xlabel="layer", ylabel="score (part of the logit)", xticks=range(0, len(layers), 1 + len(layers) // 16))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return ax
 
 
 def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple[str, str] = ("before", "after")) -> Axes:
