@@ -57,9 +57,13 @@ class Trace:
     @cached_property
     def _decoded(self) -> tuple[list[str], list[int]]:
         # Decode in the context of the tokens before, as a stream does: many tokenizers drop the space of a first token.
-        ids = self.context + self.tokens.tolist()
-        read = len(self.context)
+        context = self.context
+        while context and self.decode(context).startswith("\ufffd"):
+            context = context[1:]  # begins in the middle of a character
+        ids = context + self.tokens.tolist()
+        read = len(context)
         start, length = 0, len(self.prefix)
+        whole = [start] * WINDOW  # where characters are whole
         pieces: list[str] = []
         ends: list[int] = []
         for end in range(read + 1, len(ids) + 1):
@@ -72,7 +76,8 @@ class Trace:
             ends.append(length)
             if not broken:
                 ends[read - end :] = [length] * (end - read)
-                start, read = max(end - WINDOW, 0), end
+                whole.append(end)
+                start, read = whole[-WINDOW], end
         return pieces, ends
 
     def decode(self, ids: list[int]) -> str:

@@ -314,7 +314,7 @@ def load(
             )  # fmt: skip
         except MmnError:
             raise
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever transformers, safetensors and the Hub's client raise on files that are not whole
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MmnError(f"{name} could not be loaded: {reason}") from error
     if report["missing_keys"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import torch
@@ -77,10 +78,14 @@ def tokenizer(style: str = "bytes") -> PreTrainedTokenizerFast:
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
         )
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        special += [f"<0x{byte:02X}>" for byte in range(256)]
         alphabet = []
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([TEXT] * 20, trainer)
+    if style == "pieces":  # the tokens of single bytes, which no training finds
+        state = json.loads(bpe.to_str())
+        vocabulary = state["model"]["vocab"]
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+        bpe = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 

@@ -1,0 +1,257 @@
+"""Loading, captioning and recording."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, T5Config
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+import mmn
+from mmn.trace import Trace
+
+
+def refusal(call, *args, **options) -> str:  # noqa: ANN001
+    with pytest.raises(mmn.MmnError) as caught:
+        call(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("checkpoint")
+    model, processor = tiny.llava_parts()
+    model.to(torch.float16).save_pretrained(where)
+    processor.save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_load_a_folder(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    vlm = mmn.load(folder)
+    assert vlm.model.dtype == torch.float32 and vlm.tokenizer.padding_side == "left" and not vlm.model.training
+    assert type(vlm.processor.image_processor).__name__.endswith("Pil")
+    vlm.caption(tiny.pictures(1)[0])
+    assert capfd.readouterr() == ("", ""), "nothing is printed"
+    assert mmn.load(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert mmn.load(folder, dtype="auto").model.dtype == torch.float16
+    assert mmn.load(folder, device_map="cpu").device.type == "cpu"
+
+
+def test_hash_tells_weights_apart(folder: Path, copy: Path) -> None:
+    assert mmn.load(folder).hash == mmn.load(copy).hash == mmn.load(copy, dtype="bfloat16").hash
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if "layers.1.mlp.down_proj" in name)
+    weights[name].view(-1)[7] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert mmn.load(folder).hash != mmn.load(copy).hash
+    one, other = tiny.llava_parts(), tiny.llava_parts()
+    assert mmn.VLM(*one).hash == mmn.VLM(*other).hash
+    other[0].lm_head.weight.data[3, 3] += 1e-3
+    assert mmn.VLM(*one).hash != mmn.VLM(*other).hash
+
+
+def test_load_refuses(folder: Path, copy: Path, tmp_path: Path) -> None:
+    assert "There is no model 'no-such'" in refusal(mmn.load, "no-such")
+    assert "There is no model" in refusal(mmn.load, "/no/such/folder")
+    assert "holds no checkpoint" in refusal(mmn.load, tmp_path)
+    assert "is a file" in refusal(mmn.load, folder / "config.json")
+    assert "no dtype" in refusal(mmn.load, folder, dtype="float31")
+    assert "no dtype" in refusal(mmn.load, folder, dtype="nn")
+    if not torch.cuda.is_available():
+        assert "cannot be used" in refusal(mmn.load, folder, device_map="cuda")
+    (copy / "model.safetensors").rename(copy / "elsewhere")
+    assert "no weights in safetensors" in refusal(mmn.load, copy)
+    (copy / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "no weights in safetensors" in refusal(mmn.load, copy), "nothing is unpickled"
+    (copy / "elsewhere").rename(copy / "model.safetensors")
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    assert "could not be loaded" in refusal(mmn.load, copy)
+
+
+def test_load_refuses_a_part_of_a_model(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    gone = next(name for name in weights if "layers.1.mlp.down_proj" in name)
+    save_file({name: value for name, value in weights.items() if name != gone}, copy / "model.safetensors", {"format": "pt"})
+    assert "lacks 1 weights" in refusal(mmn.load, copy)
+
+
+def test_load_refuses_models_of_other_kinds(tmp_path: Path) -> None:
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "words")
+    assert "does not write text about pictures" in refusal(mmn.load, tmp_path / "words")
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert "does not write text about pictures" in refusal(mmn.load, tmp_path / "t5")
+    (tmp_path / "nonsense").mkdir()
+    (tmp_path / "nonsense" / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    assert "could not be loaded" in refusal(mmn.load, tmp_path / "nonsense")
+    from transformers import Florence2Config
+
+    Florence2Config().save_pretrained(tmp_path / "both")
+    assert "encoder-decoder" in refusal(mmn.load, tmp_path / "both")
+
+
+def test_no_tokenizer() -> None:
+    model, processor = tiny.llava_parts()
+    assert "no tokenizer" in refusal(mmn.VLM, model, processor.image_processor)
+
+
+# ---------------------------------------------------------------------------------------------------------------- captioning
+
+
+def same(one: Trace, other: Trace, bits: bool) -> None:
+    """Two traces of one picture: bit-identical, or up to rounding."""
+    assert one.text == other.text and one.tokens.tolist() == other.tokens.tolist()
+    assert one.stream is not None and other.stream is not None
+    pairs = [(one.logprobs, other.logprobs), (one.stream, other.stream), *zip(one.activations, other.activations, strict=True)]
+    for a, b in pairs:
+        if bits:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["bytes", "pieces"])
+def test_the_same_call_twice_is_bit_identical(style: str) -> None:
+    vlm = tiny.llava(style=style)
+    image = tiny.pictures(1)[0]
+    same(vlm.caption(image), vlm.caption(image), bits=True)
+    for one, other in zip(vlm.caption([image] * 3), vlm.caption([image] * 3), strict=True):
+        same(one, other, bits=True)
+
+
+def test_batch_size_changes_nothing() -> None:
+    vlm, images = tiny.vlm(), tiny.pictures(8)
+    prompts = ["Describe the image in few words. " * (n % 3 + 1) for n in range(8)]  # rows of other lengths: padding
+    alone = vlm.caption(images, prompts, batch_size=1)
+    together = vlm.caption(images, prompts, batch_size=8)
+    for one, other in zip(alone, together, strict=True):
+        same(one, other, bits=False)
+        for noun in one.nouns:
+            first, second = (torch.cat(mmn.contributions(vlm, trace, noun)) for trace in (one, other))
+            assert (first - second).abs().max() <= 1e-4 * first.abs().max()
+            ranks = [mmn.rank(vlm, trace, noun, k=10) for trace in (one, other)]
+            for a, b, x, y in zip(ranks[0].neurons, ranks[1].neurons, ranks[0].scores, ranks[1].scores, strict=True):
+                assert a == b or abs(x - y) <= 1e-4 * first.abs().max()
+
+
+def test_a_trace_is_what_the_model_does() -> None:
+    """Tokens, probabilities and activations against a plain forward pass over prompt and caption at once."""
+    vlm = tiny.vlm()
+    for image in tiny.pictures(3):
+        trace = vlm.caption(image, max_new_tokens=12)
+        seen: dict[int, torch.Tensor] = {}
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i, seen=seen: seen.__setitem__(i, args[0][0]))
+            for i, layer in enumerate(vlm.model.model.language_model.layers)
+        ]
+        with torch.no_grad():
+            steps = len(trace.tokens)
+            out = vlm.model(**vlm.replay(trace, steps - 1))
+        for handle in handles:
+            handle.remove()
+        logprobs = out.logits[0, -steps:].log_softmax(-1)
+        assert logprobs.argmax(-1).tolist() == trace.tokens.tolist()
+        torch.testing.assert_close(logprobs.max(-1).values, trace.logprobs, rtol=1e-4, atol=1e-5)
+        assert len(trace.activations) == 3
+        for i, activations in enumerate(trace.activations):
+            assert activations.shape == (steps, 24) and activations.dtype == torch.float32
+            torch.testing.assert_close(seen[i][-steps:], activations, rtol=1e-4, atol=1e-5)
+
+
+def hooks(vlm: mmn.VLM) -> list[tuple[int, int]]:
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in vlm.model.modules()]
+
+
+def test_recording_leaves_nothing_behind() -> None:
+    vlm = tiny.vlm()
+    image = tiny.pictures(1)[0]
+    quiet = vlm.caption(image, record=False)
+    before = hooks(vlm)  # transformers leaves some of its own at the first use
+    loud = vlm.caption(image)
+    assert quiet.text == loud.text and quiet.activations == [] and quiet.stream is None
+    assert hooks(vlm) == before
+    storage = loud.activations[0].untyped_storage().nbytes()
+    assert storage == loud.activations[0].numel() * 4, "no more is kept than what was asked"
+
+
+def test_ends_at_the_end_mark() -> None:
+    model, processor = tiny.llava_parts()
+    model.lm_head.weight.data[2] = 10 * model.lm_head.weight.data.mean(0)  # the end mark, likely or not
+    vlm = mmn.VLM(model, processor, lexicon=tiny.every_word)
+    for trace in vlm.caption(tiny.pictures(4), max_new_tokens=6):
+        assert 2 not in trace.tokens.tolist() and (trace.ended or len(trace.tokens) == 6)
+        assert "</s>" not in trace.text
+
+
+def test_ends_at_once() -> None:
+    """A model that says nothing gives a caption of the prefix alone."""
+    model, processor = tiny.llava_parts()
+    model.model.language_model.norm.weight.data[:] = 0
+    model.lm_head.weight.data[:] = 0
+    model.lm_head = torch.nn.Linear(16, model.lm_head.out_features, bias=True)
+    model.lm_head.weight.data[:] = 0
+    model.lm_head.bias.data[:] = torch.eye(model.lm_head.out_features)[2]
+    trace = mmn.VLM(model, processor).caption(tiny.pictures(1)[0])
+    assert trace.ended and trace.text == mmn.PREFIX and trace.nouns == [] and trace.tokens.shape == (0,)
+    assert mmn.rank(mmn.VLM(model, processor), trace, k=1) == {}
+
+
+def test_text_without_a_picture() -> None:
+    vlm = tiny.vlm()
+    trace = vlm.caption(None, "Describe", "")
+    assert trace.image is None and isinstance(vlm.answer("Describe"), str)
+    assert len(vlm.caption([None, None], ["a", "b c d"], "", batch_size=2)) == 2
+    assert "no picture" in refusal(mmn.heatmap, vlm, trace, [mmn.Neuron(0, 0)])
+    assert "Either every item" in refusal(vlm.caption, [None, tiny.pictures(1)[0]])
+
+
+def test_caption_refuses() -> None:
+    vlm, image = tiny.vlm(), tiny.pictures(1)[0]
+    assert "no pictures" in refusal(vlm.caption, [])
+    assert "PIL image, not str" in refusal(vlm.caption, ["dog.jpg"])
+    for option in ("max_new_tokens", "batch_size"):
+        for value in (0, -1, 1.5):
+            assert option in refusal(vlm.caption, image, **{option: value})
+    assert "2 pictures and 3 of prompt" in refusal(vlm.caption, [image] * 2, ["a", "b", "c"])
+    assert "prompt is text" in refusal(vlm.caption, [image], [1])
+    assert "at most 256" in refusal(vlm.caption, image, "a " * 400)
+    assert "refuses" in refusal(vlm.caption, image, "<image> twice")
+
+
+def test_without_a_chat_template() -> None:
+    vlm = mmn.VLM(*tiny.llava_parts(template=None), lexicon=tiny.every_word)
+    assert vlm.chat("Describe.", "An image of").endswith("Describe. An image of")
+    assert vlm.caption(tiny.pictures(1)[0], max_new_tokens=3).text.startswith("An image of")
+
+
+def test_beginning_mark_once() -> None:
+    """The tokenizer adds the mark, or the template does, but never both."""
+    for template in (tiny.TEMPLATE, "<s>" + tiny.TEMPLATE):
+        vlm = mmn.VLM(*tiny.llava_parts(template=template))
+        ids = vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])["input_ids"][0].tolist()
+        assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_the_checkpoints_own_decoding_settings_do_not_count() -> None:
+    vlm = mmn.VLM(*tiny.llava_parts())
+    image = tiny.pictures(1)[0]
+    plain = vlm.caption(image)
+    vlm.model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=3, top_k=5)
+    assert vlm.caption(image).text == plain.text
