@@ -207,6 +207,9 @@ def _scores(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> list[T
     widths = [layer.shape[-1] for layer in trace.activations]
     if widths != vlm.anatomy.neurons:
         raise MmnError("This trace comes from another model: its layers have other numbers of neurons.")
+    words = vlm.anatomy.unembedding.out_features
+    if odd := [noun.token for noun in nouns if not 0 <= noun.token < words]:
+        raise MmnError(f"There is no token {odd[0]} in this model's vocabulary of {words}.")
     return SCORES[score](vlm, trace, nouns)
 
 

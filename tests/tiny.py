@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import numpy as np
 import torch
@@ -130,15 +131,18 @@ def llava_parts(
 
 
 def llava(**options: object) -> mmn.VLM:
-    """The same as a VLM; its nouns are all words of two letters or more, since the text is nonsense."""
-    return mmn.VLM(*llava_parts(**options), "tiny", lexicon=every_word)
+    """The same as a VLM; whatever it says is a noun, since the text is nonsense."""
+    return mmn.VLM(*llava_parts(**options), "tiny", lexicon=every_letter)
+
+
+def every_letter(text: str) -> list:
+    """A lexicon for nonsense: each character is a noun."""
+    return [(m.group(), m.group().lower(), m.span()) for m in re.finditer(r"\S", text)]
 
 
 def every_word(text: str) -> list:
-    """A lexicon for nonsense: each run of letters is a noun."""
-    import re
-
-    return [(m.group(), m.group().lower(), m.span()) for m in re.finditer(r"[^\W\d_]{2,}", text)]
+    """A lexicon for sentences: each word is a noun."""
+    return [(m.group(), m.group().lower(), m.span()) for m in re.finditer(r"[^\W\d_]+", text)]
 
 
 def pictures(count: int, seed: int = 0, size: tuple[int, int] = (40, 40)) -> list[Image.Image]:

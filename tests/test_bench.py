@@ -1,0 +1,33 @@
+"""`mmn bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+import mmn
+from mmn import bench
+
+
+def test_figures() -> None:
+    figures = bench.bench(tiny.vlm(), pictures=1, repeats=2, max_new_tokens=4)
+    assert figures["pairs"] == 2 and figures["model_hash"] == tiny.vlm().hash and figures["steps"] == 4
+    assert figures["record_seconds"] > figures["rank_seconds"] > 0
+    with pytest.raises(mmn.MmnError, match="at least 1"):
+        bench.bench(tiny.vlm(), pictures=0)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, processor = tiny.llava_parts()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1", "--json"])) == 0
+    assert {"record_overhead", "rank_overhead"} <= set(json.loads(capsys.readouterr().out))
+    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1"])) == 0
+    assert "recording: " in capsys.readouterr().out

@@ -1,0 +1,312 @@
+"""Editing, and undoing it bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mmn
+from mmn import Edit, Neuron, nouns
+from mmn.edit import plural_of, replaced, takes_an
+from mmn.trace import Trace
+
+
+def bits(vlm: mmn.VLM) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in vlm.model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name].view(torch.int16), other[name].view(torch.int16)) for name in one)
+
+
+def some(vlm: mmn.VLM, seed: int, count: int = 4, size: float = 0.5) -> Edit:
+    """An edit of random neurons by random changes."""
+    draw = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(72, generator=draw)[:count].tolist()
+    changes = torch.randn(count, 16, generator=draw) * size
+    return Edit([Neuron(p // 24, p % 24) for p in picks], changes, vlm.hash, "a", "b")
+
+
+def logits(vlm: mmn.VLM) -> Tensor:
+    with torch.no_grad():
+        return vlm.model(**vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])).logits
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
+def vlm(request: pytest.FixtureRequest) -> mmn.VLM:
+    model, processor = tiny.llava_parts()
+    return mmn.VLM(model.to(getattr(torch, request.param)), processor, lexicon=tiny.every_letter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- undo
+
+
+def test_undo_is_bit_exact(vlm: mmn.VLM) -> None:
+    before, edit = bits(vlm), some(vlm, 0)
+    with edit.applied(vlm) as inside:
+        assert inside is vlm and not same(before, bits(vlm))
+        for name, value in bits(vlm).items():
+            assert torch.equal(value, before[name]) or "down_proj" in name, "nothing but the writes is changed"
+        for (layer, unit), change in zip(edit.neurons, edit.changes, strict=True):
+            name = f"model.language_model.layers.{layer}.mlp.down_proj.weight"
+            torch.testing.assert_close(bits(vlm)[name][:, unit], (before[name][:, unit].float() + change).to(vlm.model.dtype))
+    assert same(before, bits(vlm))
+
+
+@pytest.mark.parametrize("how", ["weights", "hook"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_undo_after_an_exception(error: type[BaseException], how: str) -> None:
+    vlm = tiny.vlm()
+    before, out = bits(vlm), logits(vlm)
+    with pytest.raises(error), some(vlm, 0).applied(vlm, how):  # type: ignore[arg-type]
+        assert not torch.equal(logits(vlm), out)
+        raise error
+    assert same(before, bits(vlm)) and torch.equal(logits(vlm), out)
+
+
+def test_undo_after_ctrl_c() -> None:
+    """A real signal, at any moment of going in, working and coming out."""
+    vlm = tiny.vlm()
+    before, edits = bits(vlm), [some(vlm, n, count=40) for n in range(3)]
+    draw = random.Random(0)
+    stopped = 0
+    for _ in range(60):
+        try:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 8e-3))
+            with edits[0].applied(vlm), edits[1].applied(vlm), edits[2].applied(vlm):
+                for _ in range(3):
+                    logits(vlm)
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        assert same(before, bits(vlm))
+    assert stopped > 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(4)), st.permutations(range(4)))
+def test_any_order_of_going_in_and_out(go_in: list[int], out: list[int]) -> None:
+    """What is in the weights depends on which edits are on, not on the way there."""
+    vlm = tiny.vlm()
+    before, edits = bits(vlm), [some(vlm, n, count=30) for n in range(4)]
+
+    def enter(numbers: list[int]) -> dict[int, contextlib.AbstractContextManager]:
+        blocks = {number: edits[number].applied(vlm) for number in numbers}
+        for block in blocks.values():
+            block.__enter__()
+        return blocks
+
+    blocks = enter(go_in)
+    for place, number in enumerate(out):
+        left = bits(vlm)
+        for block in blocks.values():
+            block.__exit__(None, None, None)
+        blocks = enter(sorted(out[place:]))
+        assert same(left, bits(vlm))
+        blocks.pop(number).__exit__(None, None, None)
+    assert not blocks and same(before, bits(vlm))
+
+
+def test_an_edit_twice_and_its_inverse(vlm: mmn.VLM) -> None:
+    before, edit = bits(vlm), some(vlm, 1)
+    with edit.applied(vlm), edit.inverted().applied(vlm):
+        assert same(before, bits(vlm))
+    with edit.applied(vlm), edit.applied(vlm):
+        twice = bits(vlm)
+    with (edit + edit).applied(vlm):
+        assert same(twice, bits(vlm))
+    assert same(before, bits(vlm))
+
+
+def test_sum_of_edits() -> None:
+    vlm = tiny.vlm()
+    one, other = some(vlm, 1, 10), some(vlm, 2, 10)
+    both = one + other
+    assert len(both.neurons) == len({*one.neurons, *other.neurons}) and "+" in str(both)
+    with one.applied(vlm), other.applied(vlm):
+        nested = logits(vlm)
+    with both.applied(vlm):
+        torch.testing.assert_close(logits(vlm), nested, rtol=1e-4, atol=1e-5)
+
+
+def test_hook_does_what_the_weights_do() -> None:
+    vlm = tiny.vlm()
+    before, edit = bits(vlm), some(vlm, 3, 20)
+    with edit.applied(vlm, "weights"):
+        swapped = logits(vlm)
+    with edit.applied(vlm, "hook"):
+        torch.testing.assert_close(logits(vlm), swapped, rtol=1e-4, atol=1e-5)
+        assert same(before, bits(vlm))
+    with edit.applied(vlm, "hook"), mmn.zero(vlm, edit.neurons):
+        hooked = logits(vlm)
+    with mmn.zero(vlm, edit.neurons):
+        torch.testing.assert_close(hooked, logits(vlm), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------- files
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    vlm = tiny.vlm()
+    edit = some(vlm, 5)
+    edit.report["steps"] = 3
+    edit.save(tmp_path / "edit.safetensors")
+    back = Edit.load(tmp_path / "edit.safetensors")
+    assert back.neurons == edit.neurons and all(isinstance(n, Neuron) for n in back.neurons)
+    assert torch.equal(back.changes, edit.changes) and back.report == edit.report and str(back) == str(edit)
+    assert [path.name for path in tmp_path.iterdir()] == ["edit.safetensors"]
+    with edit.applied(vlm):
+        first = bits(vlm)
+    with back.applied(vlm):
+        assert same(first, bits(vlm))
+
+
+def test_files_refuse(tmp_path: Path) -> None:
+    edit = some(tiny.vlm(), 5)
+    with pytest.raises(mmn.MmnError, match="could not be written"):
+        edit.save(tmp_path / "no" / "folder" / "e.safetensors")
+    with pytest.raises(mmn.MmnError, match="There is no edit"):
+        Edit.load(tmp_path / "missing.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not at all")
+    with pytest.raises(mmn.MmnError, match="damaged or no edit"):
+        Edit.load(tmp_path / "bad.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(mmn.MmnError, match="no edit that this version reads"):
+        Edit.load(tmp_path / "other.safetensors")
+
+
+def test_refused_on_another_model() -> None:
+    edit = some(tiny.vlm(), 5)
+    model, processor = tiny.llava_parts()
+    tiny.randomise(model, seed=1)
+    other = mmn.VLM(model, processor, "another")
+    before = bits(other)
+    with pytest.raises(mmn.MmnError, match="belongs to the model"), edit.applied(other):
+        pass
+    assert same(before, bits(other))
+    with pytest.raises(mmn.MmnError, match="different models"):
+        _ = edit + some(other, 1)
+    with pytest.raises(mmn.MmnError, match="by weights, by hook or auto"), edit.applied(tiny.vlm(), "magic"):  # type: ignore[arg-type]
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------------- caption
+
+
+def said(text: str) -> Trace:
+    words = tiny.tokenizer()
+    ids = words(text, add_special_tokens=False).input_ids
+    return Trace(torch.tensor(ids), True, torch.zeros(len(ids)), [], None, None, "", "An image of", words, [], nouns.scene_nouns)
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "target", "expected"),
+    [
+        (" a cat on the beach", "cat", "dog", " a dog on the beach"),
+        (" a cat next to a car", "cat", "elephant", " an elephant next to a car"),
+        (" an elephant next to a car", "elephant", "cat", " a cat next to a car"),
+        (" a car and a cat and a cat", "cat", "owl", " a car and an owl and an owl"),
+        (" two cats and a cat", "cat", "sheep", " two sheep and a sheep"),
+        (" two buses at night", "bus", "knife", " two knives at night"),
+        (" a palm tree next to a tree", "tree", "cat", " a palm tree next to a cat"),
+        (" a hot dog next to a dog", "dog", "umbrella", " a hot dog next to an umbrella"),
+        (" the cat, a cat", "cat", "apple", " the apple, an apple"),
+        (" a cat", "cat", "unicorn", " an unicorn"),
+        (" three cats", "cat", "fox", " three foxes"),
+    ],
+)
+def test_the_caption_to_teach(text: str, source: str, target: str, expected: str) -> None:
+    assert replaced(said(text), source, target) == "An image of" + expected
+
+
+def test_words() -> None:
+    assert [plural_of(w) for w in ("cat", "berry", "day", "bench", "fox", "sheep", "snowman")] == [
+        "cats", "berries", "days", "benches", "foxes", "sheep", "snowmen"
+    ]  # fmt: skip
+    assert takes_an("apple") and takes_an("umbrella") and not takes_an("cat") and takes_an("igloo")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- fit
+
+
+@pytest.fixture(scope="module")
+def talking() -> mmn.VLM:
+    """A tiny model that has been taught one caption, so that there is a noun to edit."""
+    model, processor = tiny.llava_parts(hidden_size=32, intermediate_size=48)
+    vlm = mmn.VLM(model, processor, "talking", lexicon=nouns.scene_nouns)
+    images = tiny.pictures(3)
+    texts = ["An image of a cat on the beach</s>", "An image of a cat and a dog</s>", "An image of a dog on the beach</s>"]
+    inputs = vlm.inputs(images, [mmn.PROMPT] * 3, texts)
+    start = vlm.inputs(images, [mmn.PROMPT] * 3, [mmn.PREFIX] * 3)["input_ids"].shape[1] - 1
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, : start - 4] = -100
+    model.requires_grad_(True)
+    adam = torch.optim.Adam(model.parameters(), lr=5e-3)
+    torch.manual_seed(0)
+    for _ in range(150):
+        loss = model(**inputs, labels=labels).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.requires_grad_(False)
+    return mmn.VLM(model, processor, "talking", lexicon=nouns.scene_nouns)
+
+
+def test_a_fitted_edit_swaps_one_concept_for_another(talking: mmn.VLM, tmp_path: Path) -> None:
+    images = tiny.pictures(3)
+    before = talking.caption(images)
+    assert [trace.text for trace in before] == [
+        "An image of a cat on the beach", "An image of a cat and a dog", "An image of a dog on the beach"
+    ]  # fmt: skip
+    kept, out = bits(talking), talking.caption(images[0]).logprobs
+    neurons = mmn.rank(talking, before[0], "cat", k=10).neurons
+    edit = Edit.fit(talking, images[:2], "cat", "strawberry", neurons, keep=images[2:], rate=0.05, steps=60, progress=False)
+    assert same(kept, bits(talking)) and edit.report["pictures"] == 2 and edit.report["kept"] == 1
+    assert edit.neurons == neurons and edit.norm == pytest.approx(edit.report["norm"])
+    with edit.applied(talking):
+        after = [trace.text for trace in talking.caption(images)]
+    assert after == [
+        "An image of a strawberry on the beach",
+        "An image of a strawberry and a dog",
+        "An image of a dog on the beach",
+    ]
+    assert same(kept, bits(talking)) and torch.equal(talking.caption(images[0]).logprobs, out)
+    again = Edit.fit(talking, images[:2], "cat", "strawberry", neurons, keep=images[2:], rate=0.05, steps=60, progress=False)
+    assert torch.equal(again.changes, edit.changes), "the same fit twice gives the same bits"
+    loaded = Edit.load(edit.save(tmp_path / "swap.safetensors"))
+    with loaded.applied(talking, "hook"):
+        assert [trace.text for trace in talking.caption(images)] == after
+
+
+def test_fit_refuses(talking: mmn.VLM) -> None:
+    images, one = tiny.pictures(3), [Neuron(0, 0)]
+    cases = [
+        (lambda: Edit.fit(talking, images[2], "cat", "dog", one), "No caption of these 1 pictures says 'cat'"),
+        (lambda: Edit.fit(talking, images, "cat", "cat ", one), "other than the source"),
+        (lambda: Edit.fit(talking, images, "cat", "", one), "other than the source"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", []), "no neurons to edit"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(5, 0)]), "no neuron L5.0"),
+        (lambda: Edit.fit(talking, [], "cat", "dog", one), "no pictures"),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(mmn.MmnError, match=sentence):
+            call()
+    edit = Edit(one, torch.zeros(1, 32), talking.hash, "a", "b")
+    with edit.applied(talking), pytest.raises(mmn.MmnError, match="fitted on the unedited model"):
+        Edit.fit(talking, images, "cat", "dog", one)
