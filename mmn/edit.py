@@ -111,9 +111,11 @@ class Edit:
                 active.write(vlm, self)
             yield vlm
         finally:
-            with _uninterrupted():
-                active.edits[:] = [each for each in active.edits if each is not entry]
-                active.write(vlm, self)
+            try:
+                active.drop(vlm, entry)
+            except KeyboardInterrupt:  # it came just before it could be held back
+                active.drop(vlm, entry)
+                raise
 
     # --------------------------------------------------------------------------------------------------------------- files
 
@@ -355,6 +357,12 @@ class _Active:
                     weight[:, unit] = total.to(weight.dtype)
                 else:
                     weight[:, unit] = originals.pop(unit)
+
+    def drop(self, vlm: VLM, entry: tuple[Edit]) -> None:
+        """Take one edit out of the weights; no harm is done by doing it again."""
+        with _uninterrupted():
+            self.edits[:] = [each for each in self.edits if each is not entry]
+            self.write(vlm, entry[0])
 
 
 def _active(vlm: VLM) -> _Active:

@@ -80,19 +80,26 @@ def test_undo_after_ctrl_c() -> None:
     before, edits = bits(vlm), [some(vlm, n, count=40) for n in range(3)]
     draw = random.Random(0)
     stopped = 0
-    for _ in range(60):
+
+    def work() -> None:
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 8e-3))
         try:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 8e-3))
             with edits[0].applied(vlm), edits[1].applied(vlm), edits[2].applied(vlm):
                 for _ in range(3):
                     logits(vlm)
-        except KeyboardInterrupt:
-            stopped += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        assert same(before, bits(vlm))
+
+    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        for _ in range(60):
+            try:
+                work()
+            except KeyboardInterrupt:
+                stopped += 1
+            assert same(before, bits(vlm))
+    finally:
+        signal.signal(signal.SIGALRM, old)
     assert stopped > 20
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
