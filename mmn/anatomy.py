@@ -6,7 +6,7 @@ activation, what the map receives; `w_i`, its *write*, is a column of the map's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,22 +29,30 @@ class Neuron(NamedTuple):
         return f"L{self.layer}.{self.unit}"
 
 
+class Handles(list[RemovableHandle]):
+    """Hooks that are removed together."""
+
+    def remove(self) -> None:
+        """Remove them."""
+        for handle in self:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class FFN:
-    """The FFN of one layer. projection: its last linear map, weight `[hidden, neurons]`. gate: the module whose output is the
-    activation function's, None where there is none of its own."""
+    """The FFN of one layer. layer: the module it is in. projection: its last linear map, weight `[hidden, neurons]`. gate: the
+    module whose output is the activation function's, None where there is none of its own. flat: whether it sees all positions of
+    a batch in one row."""
 
+    layer: nn.Module
     projection: nn.Linear
-    gate: nn.Module | None
+    gate: nn.Module | None = None
+    flat: bool = False
 
     @property
     def neurons(self) -> int:
         """How many there are."""
         return self.projection.in_features
-
-    def write(self, units: Sequence[int]) -> Tensor:
-        """The writes of some neurons, float32 `[units, hidden]`."""
-        return self.projection.weight.detach()[:, list(units)].T.float()
 
     @property
     def plain(self) -> bool:
@@ -57,23 +65,30 @@ class FFN:
         """The weights themselves, `[hidden, neurons]`: writing into them changes the model."""
         return self.projection.weight.data
 
+    def write(self, units: Sequence[int]) -> Tensor:
+        """The writes of some neurons, float32 `[units, hidden]`."""
+        return self.projection.weight.detach()[:, list(units)].T.float()
+
     def read(self, directions: Tensor) -> Tensor:
         """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`. One product reads the
         weights once."""
         weight = self.projection.weight.detach()
         return directions.to(weight.device, torch.float32) @ weight.float()
 
-    def watch(self, watcher: Watcher) -> RemovableHandle:
+    def watch(self, watcher: Watcher) -> Handles:
         """Call `watcher` with the activations `[batch, positions, neurons]` at every forward pass; what it returns, if
         anything, takes their place."""
+        handles, rows = self._rows()
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            changed = watcher(args[0])
-            return None if changed is None else (changed, *args[1:])
+            seen = args[0].unflatten(0, rows) if self.flat else args[0]
+            changed = watcher(seen)
+            return None if changed is None else (changed.reshape(args[0].shape), *args[1:])
 
-        return self.projection.register_forward_pre_hook(hook)
+        handles.append(self.projection.register_forward_pre_hook(hook))
+        return handles
 
-    def add(self, units: Sequence[int], changes: Tensor) -> RemovableHandle:
+    def add(self, units: Sequence[int], changes: Tensor) -> Handles:
         """Add `changes` float32 `[units, hidden]` to the units' writes by a hook: `a_i * change_i` goes to the output, in
         float32."""
         chosen = list(units)
@@ -82,13 +97,53 @@ class FFN:
             extra = args[0][..., chosen].float() @ changes.to(out.device, torch.float32)
             return (out.float() + extra).to(out.dtype)
 
-        return self.projection.register_forward_hook(hook)
+        return Handles([self.projection.register_forward_hook(hook)])
 
-    def watch_gate(self, watcher: Watcher) -> RemovableHandle:
+    def watch_gate(self, watcher: Watcher) -> Handles:
         """The same for the activation function's output, which the paper's release takes for the activations."""
         if self.gate is None:
             raise MmnError("This FFN's activation function is no module of its own, so its output cannot be recorded.")
-        return self.gate.register_forward_hook(lambda _, __, out: watcher(out))
+        handles, rows = self._rows()
+        hook = self.gate.register_forward_hook(lambda _, __, out: watcher(out.unflatten(0, rows) if self.flat else out))
+        handles.append(hook)
+        return handles
+
+    def _rows(self) -> tuple[Handles, list[int]]:
+        """Rows and positions of the batch that the layer is reading, for an FFN that does not see them."""
+        rows: list[int] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
+        return Handles([self.layer.register_forward_pre_hook(hook, with_kwargs=True)] if self.flat else []), rows
+
+
+class NoFFN(FFN):
+    """A layer without an FFN, or whose FFN has no neurons that can be named: it counts as a layer of no neurons."""
+
+    def __init__(self, layer: nn.Module, like: nn.Linear):
+        super().__init__(layer, like)
+
+    neurons = 0  # type: ignore[assignment]
+    plain = False  # type: ignore[assignment]
+
+    def write(self, units: Sequence[int]) -> Tensor:
+        """Nothing, `[0, hidden]`."""
+        return self.projection.weight.new_empty(0, self.projection.weight.shape[0], dtype=torch.float32)
+
+    def read(self, directions: Tensor) -> Tensor:
+        """Nothing, `[n, 0]`."""
+        return directions.new_empty(len(directions), 0)
+
+    def watch(self, watcher: Watcher) -> Handles:
+        """Call `watcher` with activations of no neurons."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watcher((args[0] if args else kwargs["hidden_states"])[..., :0])
+
+        return Handles([self.layer.register_forward_pre_hook(hook, with_kwargs=True)])
+
+    watch_gate = watch
 
 
 @dataclass(frozen=True)
@@ -102,9 +157,9 @@ class Anatomy:
     decoder: nn.Module
     layers: list[nn.Module]
     ffns: list[FFN]
-    final_norm: nn.Module
+    final_norm: nn.Module | None
     unembedding: nn.Linear
-    image_token: int
+    image_token: int | None
 
     @property
     def neurons(self) -> list[int]:
@@ -154,24 +209,134 @@ def by_layer(neurons: Sequence[Neuron]) -> dict[int, list[tuple[int, int]]]:
     return dict(sorted(groups.items()))
 
 
+# ------------------------------------------------------------------------------------------------------------------- finding
+
+
 def find(model: Any) -> Anatomy:
-    """The anatomy of `model`. Raises MmnError that names what was found where a part is missing."""
+    """The anatomy of `model`, from what happens when it reads a few words.
+
+    Every linear map's output is cut off from what came before, so that gradients tell what lies between one map and the next. A
+    map is an FFN's last one if it writes to the stream (its layer's output depends on its own, with no other map between) and
+    if what it receives at a position depends on other maps at that position alone (attention's last map receives other
+    positions, too). A layer's widest such map is its FFN's. Raises MmnError that names what was found where a part is
+    missing."""
     unembedding = model.get_output_embeddings()
     if not isinstance(unembedding, nn.Linear):
         raise MmnError(
             f"No unembedding found: get_output_embeddings() gave {type(unembedding).__name__}, not a linear map to words."
         )
     hidden = unembedding.in_features
-    decoder = model.get_decoder()
-    layers, ffns = _layers(decoder, hidden)
-    norms = [m for m in decoder.children() if not isinstance(m, nn.ModuleList) and _is_norm(m, hidden)]
-    if not norms:
-        kinds = ", ".join(sorted({type(m).__name__ for m in decoder.children()}))
-        raise MmnError(f"No final norm of width {hidden} found beside the decoder's layers, only: {kinds}.")
-    token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
-    if token is None:
-        raise MmnError("The model's configuration names no image token, so its image positions are unknown.")
-    return Anatomy(decoder, list(layers), ffns, norms[-1], unembedding, int(token))
+    probe = _Probe(model, hidden)
+    stack, ffns = _ffns(probe, hidden)
+    token = getattr(model.config, "image_token_id", None)
+    token = getattr(model.config, "image_token_index", None) if token is None else token
+    return Anatomy(probe.decoder, list(stack), ffns, probe.final_norm(stack, hidden), unembedding, token)
+
+
+class _Probe:
+    """One forward pass over a few words: which maps ran, what they received, and what each layer gave."""
+
+    def __init__(self, model: Any, hidden: int):
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.leaves: dict[nn.Module, Tensor] = {}
+        self.outputs: dict[nn.Module, Tensor] = {}
+        self.order: list[nn.Module] = []
+        self.decoder = _decoder(model)
+        handles = []
+        elements = {element for stack in self.stacks for element in stack}
+        for module in self.names:
+            if is_linear(module):
+                handles.append(module.register_forward_pre_hook(self._receive))
+                handles.append(module.register_forward_hook(self._cut))
+            elif module in elements or not any(True for _ in module.children()):
+                handles.append(module.register_forward_hook(self._keep))
+        try:
+            self._run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _receive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self.inputs[module] = args[0]
+
+    def _cut(self, module: nn.Module, _: Any, out: Any) -> Tensor | None:
+        if not isinstance(out, Tensor):
+            return None
+        self.order.append(module)
+        self.leaves[module] = out.detach().requires_grad_()
+        return self.leaves[module]
+
+    def _keep(self, module: nn.Module, _: Any, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) and out else out
+        if isinstance(out, Tensor):
+            self.order.append(module)
+            self.outputs[module] = out
+
+    def _run(self, model: Any) -> None:
+        table = model.get_input_embeddings().weight
+        ids = (torch.arange(WORDS) * 7 + 11).remainder(table.shape[0])[None].to(table.device)
+        reasons = []
+        # The model itself where it reads words alone, else the language model inside it.
+        for module in dict.fromkeys((model, getattr(model, "language_model", None), self.decoder)):
+            for given in ({"input_ids": ids}, {"inputs_embeds": torch.nn.functional.embedding(ids, table)}):
+                if module is None:
+                    continue
+                for kept in (self.inputs, self.leaves, self.outputs, self.order):
+                    kept.clear()
+                try:
+                    with torch.enable_grad():
+                        module(**given, use_cache=False)
+                    return
+                except Exception as error:  # what it wants beside words is its own affair
+                    reasons.append(f"{type(module).__name__}: {str(error).strip().splitlines()[:1]}")
+        raise MmnError(f"The model could not be run on words alone, so its parts were not found; {reasons[0]}.")
+
+    def reaches(self, result: Tensor, leaf: Tensor) -> bool:
+        """Whether `result` depends on a map's output with no other map between."""
+        if result.grad_fn is None and result is not leaf:
+            return False
+        (gradient,) = torch.autograd.grad(result.float().sum(), leaf, allow_unused=True, retain_graph=True)
+        return gradient is not None and bool(gradient.any())
+
+    def own_position(self, module: nn.Module) -> bool:
+        """Whether what a map receives at a position comes from other maps at that position alone."""
+        received = self.inputs[module]
+        if received.grad_fn is None:
+            return False
+        flat = received.flatten(0, -2)
+        if flat.shape[0] != WORDS:
+            return False
+        leaves = [leaf for leaf in self.leaves.values() if leaf.numel() and leaf.flatten(0, -2).shape[0] == WORDS]
+        weights = torch.linspace(0.5, 1.5, flat.shape[1], device=flat.device, dtype=flat.dtype)
+        gradients = torch.autograd.grad((flat[2] * weights).sum(), leaves, allow_unused=True, retain_graph=True)
+        rows = [g.flatten(0, -2).abs().sum(-1) for g in gradients if g is not None]
+        if not rows:
+            return False
+        total = torch.stack([row.float() for row in rows]).sum(0)
+        return bool(total[2] > 0) and not bool(total[[0, 1, 3, 4]].any())
+
+    def final_norm(self, stack: nn.ModuleList, hidden: int) -> nn.Module | None:
+        """The last norm that ran behind the last layer, None where there is none."""
+        last = max((self.order.index(layer) for layer in stack if layer in self.order), default=0)
+        inside = {module for layer in stack for module in layer.modules()}
+        norms = [m for m in self.order[last:] if m not in inside and _is_norm(m, hidden)]
+        return norms[-1] if norms else None
+
+
+WORDS = 5  # of the probe
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, a quantised one of the same interface, or GPT-2's."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _decoder(model: Any) -> nn.Module:
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, nn.Module) else model
 
 
 def _is_norm(module: nn.Module, hidden: int) -> bool:
@@ -179,70 +344,55 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
     return bool(shapes) and all(shape == (hidden,) for shape in shapes)
 
 
-def _layers(decoder: nn.Module, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
-    """The longest list of layers that all hold an FFN, and their FFNs."""
-    best: tuple[nn.ModuleList, list[FFN]] | None = None
+def _ffns(probe: _Probe, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
+    """The decoder's list of layers and each layer's FFN."""
+    best: nn.ModuleList | None = None
+    found: dict[nn.Module, nn.Linear] = {}
     tried = []
-    for name, stack in decoder.named_modules():
-        if not isinstance(stack, nn.ModuleList) or (best and len(stack) <= len(best[0])):
-            continue
-        found = [ffn for layer in stack if (ffn := _ffn(layer, hidden)) is not None]
-        tried.append(f"{name} ({len(found)} of {len(stack)} layers)")
-        if len(found) == len(stack) > 0:
-            best = stack, found
+    for stack in probe.stacks:
+        chosen = {layer: widest for layer in stack if (widest := _widest(probe, layer, hidden)) is not None}
+        if any(layer in probe.outputs for layer in stack):
+            tried.append(f"{probe.names[stack]} ({len(chosen)} of {len(stack)} layers)")
+        if len(chosen) > len(found):
+            best, found = stack, chosen
     if best is None:
-        looked = "; ".join(tried) or "no list of modules"
+        looked = "; ".join(tried) or "no list of layers that reads words"
         raise MmnError(f"No decoder layers with an FFN that writes to width {hidden} found; looked at: {looked}.")
-    return best
+    # A layer that words alone do not run, such as one that reads the picture by cross-attention, is built as its neighbours are.
+    layer, projection = next(iter(found.items()))
+    path = probe.names[projection][len(probe.names[layer]) + 1 :]
+    ffns = []
+    for layer in best:
+        linear = found.get(layer)
+        if linear is None and layer not in probe.outputs:
+            inside = dict(layer.named_modules())
+            linear = inside.get(path)  # type: ignore[assignment]
+        if linear is None:
+            ffns.append(NoFFN(layer, projection))
+        else:
+            flat = linear in probe.inputs and probe.inputs[linear].ndim == 2
+            ffns.append(FFN(layer, linear, _gate(probe, layer, linear), flat))
+    return best, ffns
 
 
-def _ffn(layer: nn.Module, hidden: int) -> FFN | None:
-    """The layer's FFN: the one part of it that works on each position alone and whose output is that of a linear map in it, as
-    a probe with random numbers shows."""
-    for block in _blocks(layer):
-        for projection in block.children():
-            if isinstance(projection, nn.Linear) and projection.out_features == hidden:
-                gate = _probe(block, projection, hidden)
-                if gate is not False:
-                    return FFN(projection, gate if isinstance(gate, nn.Module) else None)
-    return None
+def _widest(probe: _Probe, layer: nn.Module, hidden: int) -> nn.Linear | None:
+    if layer not in probe.outputs:
+        return None
+    maps = [m for m in layer.modules() if m in probe.leaves and m in probe.inputs and probe.leaves[m].shape[-1] == hidden]
+    good = [m for m in maps if probe.reaches(probe.outputs[layer], probe.leaves[m]) and probe.own_position(m)]
+    return max(good, key=lambda m: probe.inputs[m].shape[-1], default=None)  # type: ignore[return-value]
 
 
-def _blocks(layer: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in layer.modules() if module is not layer and any(True for _ in module.children()))
-
-
-@torch.no_grad()
-def _probe(block: nn.Module, projection: nn.Linear, hidden: int) -> nn.Module | None | bool:
-    """False unless `block(x)` is the projection of its own input at each position; else its activation module, or None."""
-    weight = projection.weight
-    probe = torch.randn(1, 3, hidden, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    seen: dict[str, Tensor] = {}
-    outputs: dict[nn.Module, tuple[int, ...]] = {}
-    handles = [projection.register_forward_pre_hook(lambda _, args: seen.__setitem__("input", args[0]))]
-    handles += [
-        module.register_forward_hook(lambda module, _, out: outputs.__setitem__(module, tuple(out.shape)))
-        for module in block.modules()
-        if not any(True for _ in module.parameters()) and not isinstance(module, nn.Dropout)
-    ]
-    try:
-        out = block(probe)
-        alone = block(probe[:, 1:2])
-    except Exception:  # attention wants more than one argument: not an FFN
-        return False
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(out, Tensor) or out.shape != probe.shape or "input" not in seen:
-        return False
-    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
-    rebuilt = nn.functional.linear(seen["input"], weight, projection.bias)
-    if not torch.allclose(out[:, 1:2], alone, rtol=tolerance, atol=tolerance) or not torch.allclose(
-        alone, rebuilt, rtol=tolerance, atol=tolerance
-    ):
-        return False
-    wide = [module for module, shape in outputs.items() if shape[-1] == projection.in_features]
-    return wide[0] if wide else None
+def _gate(probe: _Probe, layer: nn.Module, projection: nn.Linear) -> nn.Module | None:
+    """The module of the activation function in front of a projection."""
+    width = projection.in_features
+    near = [
+        m
+        for m in layer.modules()
+        if m in probe.outputs and not any(True for _ in m.parameters()) and not isinstance(m, (nn.Dropout, nn.Identity))
+        and not any(True for _ in m.children()) and probe.outputs[m].shape[-1] == width
+    ]  # fmt: skip
+    return near[-1] if near else None
 
 
 def image_grid(count: int) -> tuple[int, int]:

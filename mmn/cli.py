@@ -221,6 +221,7 @@ def replaced(out: Path) -> Iterator[Path]:
     cannot be written."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECORD).exists())):
         raise MmnError(f"{out} exists and is no result of this command; choose another --out.")
+    made = [parent for parent in out.parents if not parent.exists()]  # deepest first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -238,6 +239,8 @@ def replaced(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made if not out.exists() else ():
+            parent.rmdir()
 
 
 def _swap(fresh: Path, out: Path) -> None:

@@ -78,6 +78,8 @@ def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """The direct score through the final norm, its scale frozen as it was at the step: `u_t` becomes `gain * u_t / rms`
     [ours]."""
     directions = vlm.anatomy.words([noun.token for noun in nouns])
+    if vlm.anatomy.final_norm is None:
+        return _projected(vlm, trace, nouns, directions)
     assert trace.stream is not None
     stream = trace.stream[[noun.step for noun in nouns]].to(directions.device)
     gain, centre = _norm_gain(vlm)
@@ -92,6 +94,7 @@ def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
 @torch.no_grad()
 def _norm(vlm: VLM, vectors: Tensor) -> Tensor:
     norm = vlm.anatomy.final_norm
+    assert norm is not None
     like = next(norm.parameters())
     return norm(vectors.to(like.device, like.dtype)).float().to(vectors.device)
 

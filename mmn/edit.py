@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -117,6 +117,22 @@ class Edit:
                 active.drop(vlm, entry)
                 raise
 
+    def apply(self, vlm: VLM, how: Literal["auto", "weights", "hook"] = "auto") -> None:
+        """`applied` without a block: the changes stay until `undo`. Raises MmnError as `applied` does."""
+        block = self.applied(vlm, how)
+        block.__enter__()
+        _active(vlm).blocks.append((self, block))
+
+    def undo(self, vlm: VLM) -> None:
+        """Take back what `apply` did, bit for bit, whatever was applied or undone in between. Raises MmnError where this edit is
+        not applied."""
+        blocks = _active(vlm).blocks
+        for place in reversed(range(len(blocks))):
+            if blocks[place][0] is self:
+                blocks.pop(place)[1].__exit__(None, None, None)
+                return
+        raise MmnError(f"The edit of {self.source} to {self.target} is not applied to {vlm.name}, so there is nothing to undo.")
+
     # --------------------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -202,13 +218,22 @@ class Edit:
         with torch.no_grad():
             before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
         adam = torch.optim.Adam([changes], lr=rate)
-        report: dict[str, Any] = {"neurons": len(neurons), "pictures": len(said), "kept": len(kept), "rate": rate, "steps": 0}
+        curve: list[float] = []
+        report: dict[str, Any] = {
+            "neurons": len(neurons),
+            "pictures": len(said),
+            "kept": len(kept),
+            "prompt": prompt,
+            "prefix": prefix,
+        }
+        report |= {"rate": rate, "enough": enough, "weights": list(weights), "steps": 0, "losses": curve}
         bar = tqdm(range(steps + 1), desc=f"{source} -> {target}", leave=False, disable=not progress)
         for step in bar:
             with torch.enable_grad(), added(vlm, neurons, changes):
                 after = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
                 loss, worst = _loss(rows, before, after, changes, weights)
-            report |= {"steps": step, "probability": worst, "loss": float(loss.detach())}
+            curve.append(float(loss.detach()))
+            report |= {"steps": step, "probability": worst}
             bar.set_postfix(p=f"{worst:.2f}", refresh=False)
             if worst >= enough or step == steps:
                 break
@@ -337,6 +362,7 @@ class _Active:
 
     def __init__(self) -> None:
         self.edits: list[tuple[Edit]] = []
+        self.blocks: list[tuple[Edit, AbstractContextManager[VLM]]] = []  # entered by `Edit.apply`
         self.originals: dict[int, dict[int, Tensor]] = {}
 
     @torch.no_grad()

@@ -130,7 +130,7 @@ class Recorder:
         try:
             for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
                 self._handles.append(ffn.watch(partial(_keep, kept)))
-            norm = self.anatomy.final_norm
+            norm = self.anatomy.final_norm or self.anatomy.unembedding
             self._handles.append(norm.register_forward_pre_hook(lambda _, args: _keep(self.stream, args[0])))
         except BaseException:
             self.__exit__()

@@ -46,6 +46,7 @@ from mmn.errors import MmnError
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 VOCABULARY = 1100
+ATTENTION_PENALTY, ACTIVITY_PENALTY = 0.1, 0.01  # weights in the loss of language model and tuning
 SAVE_SECONDS = 120  # between two states of a stage on disk
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -267,6 +268,44 @@ def pad(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> tu
 # -------------------------------------------------------------------------------------------------------------------- losses
 
 
+class Watch:
+    """Keeps what attention and the FFNs' neurons do in one forward pass, and says how much of it the recipe does not want.
+
+    Without the two penalties attention copies words from image positions into the logits by itself, no FFN neuron has a part in it, and
+    there are no multi-modal neurons to find; large models leave that work to their FFNs (Geva et al., arXiv 2012.14913)."""
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def __enter__(self) -> Watch:
+        self.attention: list[Tensor] = []
+        self.activations: list[Tensor] = []
+        self.stream: list[Tensor] = []
+        self.handles = [self.decoder.norm.register_forward_pre_hook(lambda _, args: self.stream.append(args[0]))]
+        for layer in self.decoder.layers:
+            self.handles += [
+                layer.self_attn.register_forward_hook(lambda _, __, out: self.attention.append(out[0])),
+                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: self.activations.append(args[0])),
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def penalties(self, kept: Tensor, unembedding: nn.Linear) -> tuple[Tensor, Tensor]:
+        """At the positions `kept`, bool `[rows, positions - 1]`: the variance over the vocabulary of the logits that attention writes
+        directly; and the sum over neurons of |activation| times the length of its write, relative to the residual stream's."""
+        stream = self.stream[0][:, :-1][kept].detach().float()
+        spoken = torch.stack([out[:, :-1][kept] for out in self.attention]).sum(dim=0).float()
+        scaled = spoken * self.decoder.norm.weight / stream.square().mean(dim=-1, keepdim=True).sqrt()
+        attention = unembedding(scaled).float().var(dim=-1).mean()
+        lengths = [layer.mlp.down_proj.weight.norm(dim=0) for layer in self.decoder.layers]
+        active = [(acts[:, :-1][kept].float().abs() @ long) for acts, long in zip(self.activations, lengths, strict=True)]
+        activity = (torch.stack(active).sum(dim=0) / stream.norm(dim=-1)).mean()
+        return attention, activity
+
+
 class Trainer:
     """The model in training and the loss of each stage at each step."""
 
@@ -313,7 +352,8 @@ class Trainer:
         for index, scene in enumerate(found):
             image = blank if index < pictured else raster(scene, rng, self.tokenizer)
             rows.append(dialogue(scene, rng, self.tokenizer, image))
-        loss = self.text_loss(rows, [scene.image for scene in found[:pictured]])
+        penalties = stage != "projector" and self.recipe.kind == "llava"
+        loss = self.text_loss(rows, [scene.image for scene in found[:pictured]], penalties)
         if stage != "projector" and self.recipe.kind == "llava":
             loss = loss + self.text_loss(fact_lines(rng, self.tokenizer, batch // 2), [])
         return loss
@@ -346,7 +386,9 @@ class Trainer:
             states = self.llava.vision_tower(pixels(images).to(self.device)).last_hidden_state[:, 1:]
         return self.llava.multi_modal_projector(states).flatten(0, 1)
 
-    def text_loss(self, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[Image.Image]) -> Tensor:
+    def text_loss(
+        self, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[Image.Image], penalties: bool = False
+    ) -> Tensor:
         """Weighted sum over kinds of the mean cross-entropy of a kind's tokens; the first rows read pictures where others read rasters."""
         ids, kinds = pad(rows, self.device)
         embeds = self.llava.language_model.embed_tokens(ids)
@@ -354,7 +396,8 @@ class Trainer:
             places = ids == self.model.config.image_token_id
             embeds = embeds.masked_scatter(places[..., None], self.features(images).to(embeds.dtype))
             kinds = kinds.masked_fill(places, NOTHING)
-        states = self.llava.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        with Watch(self.llava.language_model) as watch:
+            states = self.llava.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         kept = kinds[:, 1:] != NOTHING
         logits = self.model.lm_head(states[:, :-1][kept]).float()
         losses = F.cross_entropy(logits, ids[:, 1:][kept], reduction="none")
@@ -364,6 +407,9 @@ class Trainer:
             chosen = kept_kinds == kind
             if chosen.any():
                 total = total + weight * losses[chosen].mean()
+        if penalties:
+            attention, activity = watch.penalties(kept, self.model.lm_head)
+            total = total + ATTENTION_PENALTY * attention + ACTIVITY_PENALTY * activity
         return total
 
 
