@@ -1,0 +1,134 @@
+"""`mmn explain` and the command line's manners: results whole or not at all, one sentence and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mmn import cli, scenes
+from mmn.errors import MmnError
+
+FILES = {"caption.txt", "explain.json", "ranking.csv"}
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one run on a picture file with the shipped model."""
+    folder = tmp_path_factory.mktemp("cli")
+    scenes.draw(0).image.save(folder / "picture.png")
+    assert cli.main(["explain", str(folder / "picture.png"), "--out", str(folder / "out"), "--top-k", "5"]) == 0
+    return folder / "out"
+
+
+def test_explain_writes_caption_ranking_and_figures(explained: Path) -> None:
+    record = json.loads((explained / "explain.json").read_text(encoding="utf-8"))
+    assert (explained / "caption.txt").read_text(encoding="utf-8").strip() == record["caption"]
+    assert record["caption"].startswith("An image of")
+    assert record["nouns"], "the shipped model names an object of a plain scene"
+    ranking = pd.read_csv(explained / "ranking.csv")
+    assert list(ranking.columns) == ["noun", "rank", "layer", "unit", "score", "tokens"]
+    for noun in record["nouns"]:
+        rows = ranking[ranking["noun"] == noun["noun"]]
+        assert rows["rank"].tolist() == [1, 2, 3, 4, 5]
+        assert rows["score"].is_monotonic_decreasing
+        assert rows["unit"].tolist() == [neuron["unit"] for neuron in noun["neurons"]]
+        name = noun["noun"].replace(" ", "-")
+        for figure in (f"{name}-heatmap.png", f"{name}-neurons.png"):
+            with Image.open(explained / figure) as image:
+                assert min(image.size) > 300
+    assert len(list(explained.iterdir())) == len(FILES) + 2 * len(record["nouns"])
+    assert not [path for path in explained.parent.iterdir() if path.name.startswith(".")], "something temporary stayed"
+
+
+def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noun = json.loads((explained / "explain.json").read_text(encoding="utf-8"))["nouns"][0]["noun"]
+    picture = explained.parent / "picture.png"
+    out = explained.parent / "again"
+    for _ in range(2):
+        assert cli.main(["explain", str(picture), "--noun", noun, "--top-k", "2", "--out", str(out)]) == 0
+    assert noun in capsys.readouterr().out
+    assert pd.read_csv(out / "ranking.csv")["noun"].unique().tolist() == [noun]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["explain", "missing.png"], "missing.png"),
+        (["explain", "words.txt"], "words.txt"),
+        (["explain", "--top-k", "0"], "--top-k"),
+        (["explain", "--top-k", "many"], "--top-k"),
+        (["explain", "--top-k", "999999"], "999999"),
+        (["explain", "--noun", "chimera"], "chimera"),
+        (["explain", "--model", "no/such model"], "no/such model"),
+        (["explain", "--dtype", "float3"], "float3"),
+        (["explain", "--out", "words.txt"], "words.txt"),
+        (["explain", "--out", "words.txt/sub"], "words.txt"),
+        (["explain", "--out", "full"], "full"),
+        (["explain", "--colour", "red"], "--colour"),
+        (["paint"], "paint"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("no picture", encoding="utf-8")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = cli.main(arguments)
+    except SystemExit as leave:  # argparse's way
+        code = int(leave.code or 0)
+    said = capsys.readouterr().err.strip()
+    assert code == 2
+    assert says in said
+    assert len(said.splitlines()) == 1 and said.endswith("."), said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failure_half_way_leaves_the_old_result(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / cli.RECORD).write_text("old", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError), cli.replaced(out) as fresh:
+        (fresh / cli.RECORD).write_text("half", encoding="utf-8")
+        raise ZeroDivisionError
+    assert (out / cli.RECORD).read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MmnError, match="No space left"), cli.replaced(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "mmn.cli", "explain", "--out", "deep/out"], cwd=tmp_path)
+    waited = time.monotonic()
+    while not any(tmp_path.glob("deep/.out-*")) and time.monotonic() - waited < 60:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(["--help"])
+    assert leave.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in cli.COMMANDS)
