@@ -34,13 +34,14 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests notebooks \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
-# make refresh                the chapters
-# make refresh CHAPTERS=...   these only
-# make refresh TABLES=1       also the slow tables of data/results/ (hours)
+# make refresh                the chapters and README's picture
+# make refresh CHAPTERS=...   these chapters only
+# make refresh TABLES=1       the slow tables of data/ first (an hour or more)
 refresh: .venv/ready
-	$(if $(TABLES),$(BIN)/mmn tables --refresh)
-	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
+	$(if $(TABLES),$(BIN)/mmn evaluate --out data/results/evaluate.json --card data/tiny-llava/README.md)
 	$(BIN)/ruff format --quiet $(CHAPTERS)
+	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
+	$(BIN)/python book/make_picture.py
 
 clean:
 	rm -rf .venv book/_build

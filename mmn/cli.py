@@ -72,9 +72,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for name, (module, purpose) in COMMANDS.items():
         front = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
         if name == command:  # the others stay unimported: torch takes seconds
-            if importlib.util.find_spec(module) is None:
-                raise MmnError(f"This installation has no {module}; update it, or leave `mmn {name}` out.")
-            home = importlib.import_module(module)
+            home = importlib.import_module(module) if importlib.util.find_spec(module) else None
+            if not hasattr(home, "add_arguments"):
+                raise MmnError(f"This installation's {module} has no command; update it, or leave `mmn {name}` out.")
+            assert home is not None
             home.add_arguments(front)
             front.set_defaults(run=home.run)
     return parser
