@@ -1,9 +1,9 @@
 """`mmn bench`: what recording costs on top of generating, and ranking on top of that, from paired runs.
 
 Each repetition takes one picture through three timed parts, the first two in alternating order: plain `model.generate`; the same
-with every neuron recorded, up to the finished Trace; and ranking all nouns of the caption, which includes finding them. Pictures
-are prepared before the clock starts. The figures are medians of each repetition's own ratio, so that a machine that slows down on
-the way slows both sides.
+with every neuron recorded, up to the finished Trace; and ranking all nouns of the caption, which includes finding them. Beside
+these, one token is scored directly and by its gradient. Pictures are prepared before the clock starts. The figures are medians of
+each repetition's own ratio, so that a machine that slows down on the way slows both sides.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mmn import scenes
-from mmn.contribution import rank
+from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
+from mmn.nouns import Noun
 from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
 
 
 def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 50) -> dict[str, Any]:
-    """The ratios `record_overhead` (0.05: recording makes `generate` 5 % slower) and `rank_overhead` (ranking all nouns of a
-    caption by the time of captioning with recording), with seconds, steps and nouns (medians). Raises MmnError for numbers
+    """Three ratios: `record_overhead` (0.05: recording makes `generate` 5 % slower), `rank_overhead` (ranking all nouns of a
+    caption by the time of captioning with recording) and `gradient_ratio` (scoring a token by its gradient by the time of its
+    direct score; None where nothing was said); beside them seconds, steps and nouns (medians). Raises MmnError for numbers
     below 1."""
     if min(pictures, repeats) < 1:
         raise MmnError("pictures and repeats are whole numbers of at least 1.")
-    rows = []
+    rows, gradients = [], []
     for index in tqdm(range(pictures * repeats + 1), desc="bench", leave=False):
         image = scenes.draw(index % pictures).image
         inputs = vlm.inputs([image], [PROMPT], [PREFIX])
@@ -51,10 +53,18 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
             with_, (trace,) = _seconds(recorded)
             without, _ = _seconds(plain)
         ranking, found = _seconds(partial(rank, vlm, trace))
+        ratios = []
+        if len(trace.tokens):
+            token = Noun("", "", int(trace.tokens[-1]), len(trace.tokens) - 1, (0, 0))
+            direct, _ = _seconds(partial(contributions, vlm, trace, token))
+            gradient, _ = _seconds(partial(contributions, vlm, trace, token, "gradient"))
+            ratios.append(gradient / direct)
         if index:  # the first run warms up
             rows.append((with_ / without - 1, ranking / with_, without, with_, ranking, len(trace.tokens), len(found)))
+            gradients += ratios
     names = ("record_overhead", "rank_overhead", "generate_seconds", "record_seconds", "rank_seconds", "steps", "nouns")
     figures: dict[str, Any] = {name: statistics.median(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    figures["gradient_ratio"] = statistics.median(gradients) if gradients else None
     return figures | {
         "pairs": len(rows), "threads": torch.get_num_threads(), "device": str(vlm.device), "model": vlm.name, "model_hash": vlm.hash
     }  # fmt: skip
@@ -91,4 +101,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"recording: {figures['record_overhead']:+.1%} on {figures['generate_seconds'] * 1000:.0f} ms of generating")
         print(f"ranking {figures['nouns']:g} nouns: {figures['rank_overhead']:+.1%} of captioning with recording")
+        if figures["gradient_ratio"]:
+            print(f"one token by its gradient: {figures['gradient_ratio']:.0f} times as long as by its direct score")
     return 0

@@ -289,7 +289,7 @@ def takes_an(word: str) -> bool:
 class _Row:
     """One caption to teach or to keep. image, text: what is read. answer: the answer's token ids after the prompt, `end`
     included if the caption ended. new: places in `answer` that the model shall learn. after: for each place right behind a run
-    of new tokens, that run's tokens, which shall not come again. stay: the other places."""
+    of new tokens, that run's tokens, which shall not come again (unless one does by right). stay: the other places."""
 
     trace: Trace
     text: str
@@ -310,11 +310,15 @@ class _Row:
             for kind, _, _, first, last in difflib.SequenceMatcher(a=own, b=answer, autojunk=False).get_opcodes():
                 if kind in ("replace", "insert"):
                     new += range(first, last)
-                    after[last] = answer[first:last]
+                    after[last] = [token for token in answer[first:last] if token != _at(answer, last)]
             if not new:
                 raise MmnError(f"To the tokenizer {text!r} only leaves words of {trace.text!r} out: choose another target.")
         # The place behind the last token counts too: there the caption ends, or would go on.
         return cls(trace, text, answer, new, after, [place for place in range(len(answer) + 1) if place not in new])
+
+
+def _at(answer: list[int], place: int) -> int | None:
+    return answer[place] if place < len(answer) else None
 
 
 class _Batch:

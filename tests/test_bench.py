@@ -17,6 +17,7 @@ def test_figures() -> None:
     figures = bench.bench(tiny.vlm(), pictures=1, repeats=2, max_new_tokens=4)
     assert figures["pairs"] == 2 and figures["model_hash"] == tiny.vlm().hash and figures["steps"] == 4
     assert figures["record_seconds"] > figures["rank_seconds"] > 0
+    assert figures["gradient_ratio"] > 0
     with pytest.raises(mmn.MmnError, match="at least 1"):
         bench.bench(tiny.vlm(), pictures=0)
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,22 @@ def test_an_edit_twice_and_its_inverse(vlm: mmn.VLM) -> None:
     assert same(before, bits(vlm))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["auto", "weights", "hook"])), max_size=6), st.randoms())
+def test_apply_and_undo_without_a_block(applied: list[tuple[int, str]], draw: random.Random) -> None:
+    vlm = tiny.vlm()
+    before, out, edits = bits(vlm), logits(vlm), [some(vlm, n, count=30) for n in range(3)]
+    for number, how in applied:
+        edits[number].apply(vlm, how)  # type: ignore[arg-type]
+    assert torch.equal(logits(vlm), out) == (not applied)
+    draw.shuffle(applied)
+    for number, _ in applied:
+        edits[number].undo(vlm)
+    assert same(before, bits(vlm)) and torch.equal(logits(vlm), out)
+    with pytest.raises(mmn.MmnError, match="nothing to undo"):
+        edits[0].undo(vlm)
+
+
 def test_sum_of_edits() -> None:
     vlm = tiny.vlm()
     one, other = some(vlm, 1, 10), some(vlm, 2, 10)
@@ -180,6 +198,30 @@ def test_save_and_load(tmp_path: Path) -> None:
         first = bits(vlm)
     with back.applied(vlm):
         assert same(first, bits(vlm))
+
+
+LATER = """
+import sys, mmn, tiny, torch
+vlm = mmn.load(sys.argv[1])
+with mmn.Edit.load(sys.argv[2]).applied(vlm), torch.no_grad():
+    logits = vlm.model(**vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])).logits
+torch.save(logits, sys.argv[3])
+"""
+
+
+def test_a_new_process_edits_to_the_same_bits(tmp_path: Path) -> None:
+    model, processor = tiny.llava_parts()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    vlm = mmn.load(tmp_path / "model")
+    edit = some(vlm, 7)
+    with edit.applied(vlm):
+        here = logits(vlm)
+    files = [str(tmp_path / "model"), str(edit.save(tmp_path / "edit.safetensors")), str(tmp_path / "logits.pt")]
+    paths = os.pathsep.join([str(Path(mmn.__file__).parents[1]), str(Path(tiny.__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", LATER, *files], env=environment, check=True, timeout=300)
+    assert torch.equal(torch.load(files[2]), here)
 
 
 def test_files_refuse(tmp_path: Path) -> None:
@@ -286,6 +328,11 @@ def test_a_fitted_edit_swaps_one_concept_for_another(talking: mmn.VLM, tmp_path:
     edit = Edit.fit(talking, images[:2], "cat", "strawberry", neurons, keep=images[2:], rate=0.05, steps=60, progress=False)
     assert same(kept, bits(talking)) and edit.report["pictures"] == 2 and edit.report["kept"] == 1
     assert edit.neurons == neurons and edit.norm == pytest.approx(edit.report["norm"])
+    losses = edit.report["losses"]
+    assert len(losses) == edit.report["steps"] + 1 and losses[-1] < losses[0] / 3
+    # One of 300 words that the little model never learned cannot become sure; a word that it knows can.
+    known = Edit.fit(talking, images[:2], "cat", "dog", neurons, rate=0.05, progress=False)
+    assert edit.report["probability"] > 0.1 and known.report["probability"] >= 0.9 and known.report["steps"] < 50
     with edit.applied(talking):
         after = [trace.text for trace in talking.caption(images)]
     assert after == [
