@@ -29,12 +29,19 @@ class Neuron(NamedTuple):
         return f"L{self.layer}.{self.unit}"
 
 
-class Handles(list[RemovableHandle]):
+class Handles:
     """Hooks that are removed together."""
 
+    def __init__(self, *handles: RemovableHandle):
+        self.handles = list(handles)
+
+    def append(self, handle: RemovableHandle) -> None:
+        """One more."""
+        self.handles.append(handle)
+
     def remove(self) -> None:
-        """Remove them."""
-        for handle in self:
+        """Remove them all."""
+        for handle in self.handles:
             handle.remove()
 
 
@@ -97,7 +104,7 @@ class FFN:
             extra = args[0][..., chosen].float() @ changes.to(out.device, torch.float32)
             return (out.float() + extra).to(out.dtype)
 
-        return Handles([self.projection.register_forward_hook(hook)])
+        return Handles(self.projection.register_forward_hook(hook))
 
     def watch_gate(self, watcher: Watcher) -> Handles:
         """The same for the activation function's output, which the paper's release takes for the activations."""
@@ -115,7 +122,8 @@ class FFN:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
 
-        return Handles([self.layer.register_forward_pre_hook(hook, with_kwargs=True)] if self.flat else []), rows
+        handles = [self.layer.register_forward_pre_hook(hook, with_kwargs=True)] if self.flat else []
+        return Handles(*handles), rows
 
 
 class NoFFN(FFN):
@@ -124,8 +132,8 @@ class NoFFN(FFN):
     def __init__(self, layer: nn.Module, like: nn.Linear):
         super().__init__(layer, like)
 
-    neurons = 0  # type: ignore[assignment]
-    plain = False  # type: ignore[assignment]
+    neurons = 0
+    plain = False
 
     def write(self, units: Sequence[int]) -> Tensor:
         """Nothing, `[0, hidden]`."""
@@ -141,7 +149,7 @@ class NoFFN(FFN):
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             watcher((args[0] if args else kwargs["hidden_states"])[..., :0])
 
-        return Handles([self.layer.register_forward_pre_hook(hook, with_kwargs=True)])
+        return Handles(self.layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     watch_gate = watch
 
@@ -220,11 +228,7 @@ def find(model: Any) -> Anatomy:
     if what it receives at a position depends on other maps at that position alone (attention's last map receives other
     positions, too). A layer's widest such map is its FFN's. Raises MmnError that names what was found where a part is
     missing."""
-    unembedding = model.get_output_embeddings()
-    if not isinstance(unembedding, nn.Linear):
-        raise MmnError(
-            f"No unembedding found: get_output_embeddings() gave {type(unembedding).__name__}, not a linear map to words."
-        )
+    unembedding = _unembedding(model)
     hidden = unembedding.in_features
     probe = _Probe(model, hidden)
     stack, ffns = _ffns(probe, hidden)
@@ -267,7 +271,7 @@ class _Probe:
             return None
         self.order.append(module)
         self.leaves[module] = out.detach().requires_grad_()
-        return self.leaves[module]
+        return self.leaves[module].clone()  # some models write into what a map gave them
 
     def _keep(self, module: nn.Module, _: Any, out: Any) -> None:
         out = out[0] if isinstance(out, tuple) and out else out
@@ -334,6 +338,20 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _unembedding(model: Any) -> nn.Linear:
+    """The map to the vocabulary: what the model names, else the last linear map with as many outputs as there are words."""
+    named = model.get_output_embeddings()
+    if isinstance(named, nn.Linear):
+        return named
+    words = model.get_input_embeddings().weight.shape[0]
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == words]
+    if not found:
+        raise MmnError(
+            f"No unembedding found: get_output_embeddings() gave {type(named).__name__}, and no linear map has {words} outputs."
+        )
+    return found[-1]
+
+
 def _decoder(model: Any) -> nn.Module:
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return found if isinstance(found, nn.Module) else model
@@ -361,12 +379,12 @@ def _ffns(probe: _Probe, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
     # A layer that words alone do not run, such as one that reads the picture by cross-attention, is built as its neighbours are.
     layer, projection = next(iter(found.items()))
     path = probe.names[projection][len(probe.names[layer]) + 1 :]
-    ffns = []
+    ffns: list[FFN] = []
     for layer in best:
         linear = found.get(layer)
         if linear is None and layer not in probe.outputs:
             inside = dict(layer.named_modules())
-            linear = inside.get(path)  # type: ignore[assignment]
+            linear = inside.get(path)
         if linear is None:
             ffns.append(NoFFN(layer, projection))
         else:

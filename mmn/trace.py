@@ -126,7 +126,7 @@ class Recorder:
         self.stream: list[Tensor] = []
 
     def __enter__(self) -> Recorder:
-        self._handles = []
+        self._handles: list[Any] = []
         try:
             for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
                 self._handles.append(ffn.watch(partial(_keep, kept)))

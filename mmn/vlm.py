@@ -119,7 +119,8 @@ class VLM:
 
     def image_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions of a prompt hold the picture, bool `[batch, positions]`."""
-        return inputs["input_ids"] == self.anatomy.image_token
+        ids = inputs["input_ids"]
+        return ids == self.anatomy.image_token if self.anatomy.image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
 
     def _check_length(self, length: int) -> None:
         config = self.model.config.get_text_config()

@@ -1,0 +1,520 @@
+"""`mmn families`: does the toolkit hold on every family of vision-language models that the installed transformers builds?
+
+For each family in transformers' own list a tiny model is built from its configuration class, every parameter and scalar buffer
+is made random (default initialisation hides errors: gains of 1, biases and gates of 0), and the checks below are run, offline.
+Nothing here or in mmn.anatomy asks for a model's class; what is keyed by family is only how its configuration is made small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
+
+from mmn.anatomy import Anatomy, Neuron, NoFFN, find, is_linear
+from mmn.errors import MmnError
+from mmn.vlm import quiet
+
+IMAGE, WORDS = 3, 320
+# What makes a configuration small, wherever it has the setting.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "word_embed_proj_dim", "projection_dim", "mm_hidden_size"), 32),
+    **dict.fromkeys(("encoder_hidden_size", "out_hidden_size", "text_hidden_size", "hidden_dim", "output_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "layers", "n_layers"), 3),
+    **dict.fromkeys(("depth", "encoder_layers", "decoder_layers", "num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), WORDS),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    "moe_shared_expert_intermediate_size": 16,
+    **dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "hidden_dropout_prob"), 0.0),
+    **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE),
+    "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512, "image_size": 32, "patch_size": 8, "num_query_tokens": 4,
+    "n_group": 1, "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "video_token_id": 4,
+    "video_token_index": 4, "audio_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7, "image_start_token_id": 6,
+    "image_end_token_id": 7, "logit_scale": 0.5, "final_logit_softcapping": 2.0, "block_auto_adjust_ff_dim": False,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+# What a family needs beside that: its own checks of its configuration, and rotary sections that fit small heads.
+EXTRA: dict[str, dict[str, Any]] = {
+    **{
+        name: {"text_config": {"rope_parameters": MROPE}}
+        for name in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "qwen2_5_omni_thinker", "hunyuan_vl")
+    },
+    **{
+        name: {"text_config": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}}
+        for name in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")
+    },
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE}, "vq_config": {"base_channels": 32, "num_embeddings": 16}},
+    "emu3": {"vocabulary_map": {"<image>": IMAGE}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 32}},
+    "idefics": {"vision_config": {"embed_dim": 32}, "cross_layer_interval": 1},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}, "vision_config": {"max_num_tiles": 4}},
+    **dict.fromkeys(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": 4}),
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[32, 64], [64, 32]]}),
+}
+REASONS = {
+    "is_encoder_decoder": "an encoder-decoder: an encoder reads the picture, and no image token stands in the decoder's stream",
+}
+
+
+@dataclass
+class Row:
+    """How one family fared. conforms: every check held. reason: why not, in a line. checks: name to whether it held."""
+
+    family: str
+    conforms: bool = False
+    reason: str = ""
+    checks: dict[str, bool] = field(default_factory=dict)
+    neurons: int = 0
+    image_tokens: int = 0
+    seconds: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- tiny models
+
+
+def small(config: PreTrainedConfig, extra: dict[str, Any]) -> PreTrainedConfig:
+    """The same kind of configuration, a few numbers wide."""
+    given: dict[str, Any] = {}
+    for key in config.sub_configs or {}:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            given[key] = small(part, extra.get(key, {})).to_dict()
+    has = config.to_dict()
+    given |= {key: value for key, value in SMALL.items() if key in has and not isinstance(has[key], (list, tuple, dict))}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(has.get(key), dict):
+            given[key] = _sections(has[key])
+    return type(config)(**given | {key: value for key, value in extra.items() if key not in given or key not in config.sub_configs})
+
+
+def _sections(rope: dict[str, Any]) -> dict[str, Any]:
+    found = {key: _sections(value) if isinstance(value, dict) else value for key, value in rope.items()}
+    return found | ({"mrope_section": [2, 1, 1]} if "mrope_section" in found else {})
+
+
+def build(family: str, largest: float = 30e6) -> Any:
+    """A tiny random model of a family. Raises MmnError if it is an encoder-decoder or cannot be made small."""
+    config = CONFIG_MAPPING[family]()
+    if config.is_encoder_decoder:
+        raise MmnError(REASONS["is_encoder_decoder"])
+    try:
+        config = small(config, EXTRA.get(family, {}))
+        kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        kind = kind[0] if isinstance(kind, tuple) else kind
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in kind._from_config(config).parameters())
+        if size > largest:
+            raise MmnError(f"not made small yet: {size / 1e6:.0f} million parameters")
+        model = kind._from_config(config)
+    except MmnError:
+        raise
+    except Exception as error:
+        raise MmnError(f"not built yet: {type(error).__name__}: {_line(error)}") from error
+    return randomised(model.eval().requires_grad_(False))
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter and scalar buffer random: gains around 1, the rest around 0."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw) * 0.2
+        parameter.data = (noise + 1 if parameter.ndim == 1 and "bias" not in name else noise).to(parameter.dtype)
+    for buffer in model.buffers():
+        if buffer.numel() == 1 and buffer.is_floating_point():
+            buffer.fill_(float(torch.rand((), generator=draw)) + 0.5)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------------ inputs
+
+
+def words(count: int = 1, length: int = 7, seed: int = 0) -> Tensor:
+    """Token ids int64 `[count, length]` without special ones."""
+    return torch.randint(20, WORDS - 20, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def with_picture(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of a prompt with one picture. Forms of pixels and numbers of image tokens are tried until the model takes them.
+
+    Raises MmnError if none will do."""
+    reason = "no form of pixels was taken"
+    names = tuple(inspect.signature(model.forward).parameters)
+    if "pixel_values" not in names:
+        raise MmnError("reads no pictures: its forward takes no pixel_values")
+    for pixels in _pixels(model, names, seed):
+        for count in range(1, 40):
+            ids = torch.cat([words(1, 2), torch.full((1, count), IMAGE), words(1, 4, seed=1)], 1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+            for name in ("mm_token_type_ids", "token_type_ids"):
+                if name in names:
+                    inputs[name] = (ids == IMAGE).long()
+            try:
+                with torch.no_grad():
+                    model(**inputs, use_cache=False)
+                return inputs
+            except Exception as error:
+                reason = f"{type(error).__name__}: {_line(error)}"
+    raise MmnError(f"no picture could be given yet: {reason}")
+
+
+def _pixels(model: Any, names: tuple[str, ...], seed: int) -> Iterator[dict[str, Tensor]]:
+    """Forms that processors give pictures: flat patches with a grid, one picture, tiles of one."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    if "image_grid_thw" in names or "image_grid_hws" in names:
+        for width, side in itertools.product((3 * 2 * 64, 3 * 64, 3 * 2 * 196, 3 * 2 * 256, 3 * 256), (4,)):
+            grid = {"image_grid_thw": torch.tensor([[1, side, side]])}
+            yield {"pixel_values": noise(side * side, width), **grid}
+            if "image_merge_sizes" in names:
+                yield {"pixel_values": noise(side * side, width), **grid, "image_merge_sizes": torch.tensor([1])}
+        for patch in (8, 14, 16):
+            yield {"pixel_values": noise(1, 16, 3, patch, patch), **grid}
+            yield {"pixel_values": noise(16, 3, patch, patch), **grid}
+    beside: list[dict[str, Tensor]] = [{}]
+    if "image_sizes" in names:
+        beside.append({"image_sizes": torch.tensor([[32, 32]])})
+    if "qformer_input_ids" in names:
+        beside = [{"qformer_input_ids": words(1, 3)}]
+    if "high_res_pixel_values" in names:
+        beside = [{"high_res_pixel_values": noise(1, 3, 64, 64)}, {"high_res_pixel_values": noise(1, 3, 32, 32)}]
+    if "spatial_shapes" in names:
+        beside = [{"spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64)}]
+    if "aspect_ratio_ids" in names:
+        mask = torch.ones(1, 1, 4, dtype=torch.int64)
+        beside = [{"aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64), "aspect_ratio_mask": mask}]
+    if "target_sizes" in names:
+        beside = [{"target_sizes": torch.tensor([[4, 4]])}]
+    shapes = [(1, 3, 32, 32), (1, 1, 3, 32, 32), *((1, tiles, 3, 32, 32) for tiles in (2, 3, 4, 5)), (1, 1, 4, 3, 32, 32)]
+    shapes += [(1, 3, 64, 64), (1, 1, 3, 64, 64), (1, 16, 192), (16, 192), (1, 3, 8, 128)]
+    for shape in shapes:
+        for more in beside:
+            yield {"pixel_values": noise(*shape), **more}
+
+
+# ------------------------------------------------------------------------------------------------------------------ checks
+
+
+def close(one: Tensor, other: Tensor, share: float = 1e-4) -> bool:
+    """Whether two tensors agree to a share of the largest number."""
+    return bool((one - other).abs().max() <= share * other.abs().max().clamp(min=1e-9))
+
+
+def check(family: str) -> Row:
+    """Build a family's tiny model and run every check."""
+    row = Row(family)
+    start = time.perf_counter()
+    try:
+        with quiet():
+            _check(row)
+        failed = [name for name, held in row.checks.items() if not held]
+        row.conforms = not failed
+        row.reason = f"fails: {', '.join(failed)}" if failed else ""
+    except MmnError as error:
+        row.reason = _line(error)
+    except Exception as error:  # a check that cannot be run is one that does not hold
+        row.reason = f"{type(error).__name__}: {_line(error)}"
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def _check(row: Row) -> None:
+    model = build(row.family)
+    anatomy = find(model)
+    row.neurons = anatomy.total
+    inputs = with_picture(model)
+    row.checks["ffn"] = reconstructs(model, anatomy, inputs)
+    row.checks["sum"] = adds_up(model, anatomy, inputs)
+    row.checks["zero"] = zeroes(model, anatomy, inputs)
+    row.checks["undo"] = undoes(model, anatomy, inputs)
+    row.image_tokens, row.checks["picture"] = sees(model, anatomy, inputs)
+    row.checks["batch"] = batches(model, anatomy, inputs)
+    row.checks["bf16"] = bool(logits(model.to(torch.bfloat16), {k: _half(v) for k, v in inputs.items()}).isfinite().all())
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.bfloat16() if value.is_floating_point() else value
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits `[batch, positions, vocabulary]`."""
+    return model(**inputs, use_cache=False).logits
+
+
+def activations(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Each layer's activations `[batch, positions, neurons]`."""
+    seen: list[Tensor] = []
+    handles = [ffn.watch(lambda a: seen.append(a.clone())) for ffn in anatomy.ffns]
+    try:
+        logits(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def reconstructs(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """The sum of the neurons' writes, by `read` and `write`, is what the projection gives, its bias apart."""
+    given: dict[nn.Module, Tensor] = {}
+    whole = [ffn for ffn in anatomy.ffns if not isinstance(ffn, NoFFN)]
+    handles = [ffn.projection.register_forward_hook(lambda module, _, out: given.__setitem__(module, out.clone())) for ffn in whole]
+    try:
+        seen = activations(model, anatomy, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    token = anatomy.words([25])
+    held = []
+    for ffn, a in zip(anatomy.ffns, seen, strict=True):
+        if ffn in whole:
+            out = given[ffn.projection] - (ffn.projection.bias if ffn.projection.bias is not None else 0)
+            held.append(close(a @ ffn.write(range(ffn.neurons)), out.reshape(*a.shape[:2], -1)))
+            held.append(close((a * ffn.read(token)[0]).sum(-1), out.reshape(*a.shape[:2], -1) @ token[0]))
+    return bool(held) and all(held)
+
+
+def zeroes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """Zeroing activations by hook is zeroing columns of weights, and it changes what the model says."""
+    plain = logits(model, inputs)
+    held = []
+    for ffn in anatomy.ffns:
+        if isinstance(ffn, NoFFN):
+            continue
+        units = list(range(0, ffn.neurons, 3))
+
+        def change(a: Tensor, units: list[int] = units) -> Tensor:
+            a = a.clone()
+            a[..., units] = 0
+            return a
+
+        handle = ffn.watch(change)
+        hooked = logits(model, inputs)
+        handle.remove()
+        kept = ffn.columns.clone()
+        ffn.columns[:, units] = 0
+        weighed = logits(model, inputs)
+        ffn.columns[:] = kept
+        held.append(close(hooked, weighed) and not torch.equal(hooked, plain))
+    return bool(held) and all(held) and torch.equal(logits(model, inputs), plain)
+
+
+def undoes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """An edit, in the weights and by hook, does the same, and nothing is left of it."""
+    from mmn.edit import Edit
+    from mmn.vlm import VLM
+
+    vlm = VLM.__new__(VLM)
+    vlm.model, vlm.anatomy, vlm.name, vlm.hash = model, anatomy, "", ""
+    layer = next(i for i, ffn in enumerate(anatomy.ffns) if ffn.neurons)
+    changes = torch.randn(3, anatomy.unembedding.in_features, generator=torch.Generator().manual_seed(0))
+    edit = Edit([Neuron(layer, unit) for unit in (0, 5, 7)], changes, "", "a", "b")
+    before, plain = {k: v.clone() for k, v in model.state_dict().items()}, logits(model, inputs)
+    with edit.applied(vlm, "weights"):
+        weighed = logits(model, inputs)
+    with edit.applied(vlm, "hook"):
+        hooked = logits(model, inputs)
+    same = all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    return close(hooked, weighed) and not torch.equal(weighed, plain) and same and torch.equal(logits(model, inputs), plain)
+
+
+def sees(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> tuple[int, bool]:
+    """The positions whose embeddings change with the picture are those of the image token; without such positions (the model sees
+    through cross-attention) the embeddings stay and the logits change."""
+
+    def embedded(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        handle = anatomy.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            said = logits(model, given)
+        finally:
+            handle.remove()
+        return kept[0], said
+
+    name = next(key for key in inputs if key.startswith("pixel"))
+    one, first = embedded(inputs)
+    other, second = embedded(inputs | {name: inputs[name].flip(-1) + 0.5})
+    moved = (one != other).any(-1)
+    if one.shape[:2] != inputs["input_ids"].shape:
+        return int(moved.sum()), False
+    marked = inputs["input_ids"] == (-1 if anatomy.image_token is None else anatomy.image_token)
+    if not moved.any():
+        return 0, not torch.equal(first, second)
+    return int(moved.sum()), torch.equal(moved, marked)
+
+
+def batches(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """A left-padded batch of two prompts of other lengths gives each the activations and logits it has alone."""
+    ids = inputs["input_ids"]
+    longer, rows = {}, {}
+    for name, value in inputs.items():
+        if value.shape == ids.shape:
+            more = words(1, 3, seed=5) if name == "input_ids" else value[:, -3:]
+            longer[name] = torch.cat([value, more], 1)
+            pad = value[:, :1] * 0
+            rows[name] = torch.cat([torch.cat([pad, pad, pad, value], 1), longer[name]])
+        else:
+            longer[name] = value
+            rows[name] = torch.cat([value, value])
+    together = logits(model, rows)
+    wide = activations(model, anatomy, rows)
+    held = []
+    for row, alone in enumerate((inputs, longer)):
+        held.append(close(together[row, -1], logits(model, alone)[0, -1]))
+        pairs = zip(wide, activations(model, anatomy, alone), strict=True)
+        held += [close(a[row, -1], b[0, -1]) for a, b in pairs if a.shape[-1]]
+    return all(held)
+
+
+def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """The neurons and everything else that writes to the stream add up to the logits before scaling and capping.
+
+    Every map's output is cut off from what came before, and every norm is replaced by the linear map that it is with its scale
+    frozen; what reaches the unembedding is then a sum over the maps' outputs, the embeddings and the norms' biases, each times
+    its gradient. A map's output is its neurons' writes and its bias."""
+    leaves: dict[nn.Module, Tensor] = {}
+    received: dict[nn.Module, Tensor] = {}
+    constants: list[Tensor] = []
+    hidden = anatomy.unembedding.in_features
+
+    def cut(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return None
+        received[module] = args[0] if args else out
+        leaves[module] = out.detach().requires_grad_()
+        return leaves[module].clone()
+
+    def freeze(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        zero = module(torch.zeros_like(x)).detach()
+        shifted = x + 1
+        flat = (module.forward(shifted) - out).abs().max() < 1e-3 * out.abs().max()
+        x = x - x.mean(-1, keepdim=True) if flat else x
+        base = x.detach()
+        ratio = torch.where(base.abs() > 1e-12, (out.detach() - zero) / base, torch.zeros_like(base))
+        bias = zero.clone().requires_grad_()
+        constants.append(bias)
+        return x * ratio + bias
+
+    handles = []
+    for module in model.modules():
+        shapes = [tuple(p.shape) for p in module.parameters()]
+        if is_linear(module) or isinstance(module, nn.Embedding) or any(len(shape) == 3 for _, shape in _own(module)):
+            handles.append(module.register_forward_hook(cut))
+        elif shapes and all(shape == (hidden,) for shape in shapes) and not any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(_once(freeze)))
+    target: list[Tensor] = []
+    handles.append(anatomy.unembedding.register_forward_pre_hook(lambda _, args: target.append(args[0])))
+    entry: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        x = args[0] if args else kwargs["hidden_states"]
+        entry.append(x.detach().requires_grad_())
+        fresh = entry[0].clone()
+        return ((fresh, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fresh})
+
+    handles.append(anatomy.layers[0].register_forward_pre_hook(enter, with_kwargs=True))
+    try:
+        with torch.enable_grad():
+            model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    logit = target[0][0, -1].float() @ anatomy.unembedding.weight[25].float()
+    parts = [*leaves.values(), *constants, entry[0]]
+    gradients = dict(zip(map(id, parts), torch.autograd.grad(logit, parts, allow_unused=True), strict=True))
+    total = torch.zeros(())
+    own = {ffn.projection: ffn for ffn in anatomy.ffns if not isinstance(ffn, NoFFN)}
+    for part in parts:
+        gradient = gradients[id(part)]
+        if gradient is None:
+            continue
+        module = next((m for m, leaf in leaves.items() if leaf is part), None)
+        if module in own:
+            a = received[module].detach().flatten(0, -2)
+            writes = own[module].write(range(own[module].neurons))
+            bias = module.bias if module.bias is not None else torch.zeros(hidden)
+            total = total + (a * (gradient.flatten(0, -2) @ writes.T)).sum() + (gradient * bias).sum()
+        else:
+            total = total + (gradient * part.detach()).sum()
+    return bool((total - logit).abs() <= 1e-3 * max(1.0, float(logit.detach().abs())))
+
+
+def _own(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)]
+
+
+def _once(hook: Any) -> Any:
+    """A hook that does not answer to calls from within itself."""
+    inside = [False]
+
+    def guarded(*args: Any) -> Any:
+        if inside[0]:
+            return None
+        inside[0] = True
+        try:
+            return hook(*args)
+        finally:
+            inside[0] = False
+
+    return guarded
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned lines."""
+    lines = [f"{'family':<24}{'conforms':<10}{'neurons':>8}{'image':>7}{'s':>6}  reason"]
+    for row in rows:
+        yes = "yes" if row.conforms else "no"
+        lines.append(f"{row.family:<24}{yes:<10}{row.neurons:>8}{row.image_tokens:>7}{row.seconds:>6.1f}  {row.reason}")
+    return "\n".join([*lines, f"{sum(row.conforms for row in rows)} of {len(rows)} families conform."])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmn families`."""
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="only these (default: all that transformers names)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn families`."""
+    if unknown := set(args.families) - set(FAMILIES):
+        raise MmnError(f"transformers has no family {min(unknown)!r} that writes text about pictures.")
+    rows = [check(family) for family in tqdm(args.families or list(FAMILIES), desc="families", leave=False)]
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table(rows))
+    return 0
