@@ -29,7 +29,7 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
         raise MmnError(f"{text} is an address, not a file: download the picture and give the file's name.")
     file = Path(path)
     if file.is_dir():
-        raise MmnError(f"{file} is a folder, not a picture: give one file in it, or use mmn.open_images for all of them.")
+        raise MmnError(f"{file} is a folder, not a picture: give one file in it, or find its pictures with mmn.list_images.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels is checked here
