@@ -6,6 +6,7 @@ activation, what the map receives; `w_i`, its *write*, is a column of the map's 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -419,3 +420,66 @@ def image_grid(count: int) -> tuple[int, int]:
     if side * side != count or count == 0:
         raise MmnError(f"{count} image tokens are no square grid, so there is no heatmap to draw for this model.")
     return side, side
+
+
+# ------------------------------------------------------------------------------------------------------------------- command
+
+
+def describe(model: Any, anatomy: Anatomy) -> str:
+    """The anatomy as a readable tree, with what is weak about it."""
+    names = {module: name for name, module in model.named_modules()}
+    first = next(ffn for ffn in anatomy.ffns if ffn.neurons)
+    sizes = anatomy.neurons
+    widths = str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
+    tied = anatomy.unembedding.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    lines = [
+        f"{type(model).__name__}: {anatomy.total:,} neurons in {len(sizes)} layers",
+        f"  decoder       {names[anatomy.decoder]}",
+        f"  layers        {names[anatomy.layers[0]]} ... {names[anatomy.layers[-1]]}",
+        f"    neurons     {widths} a layer, the inputs of {names[first.projection]}"
+        + (", which adds a bias" if first.projection.bias is not None else ""),
+        f"    activation  {names[first.gate] if first.gate is not None else 'no module of its own'}",
+        f"  final norm    {names[anatomy.final_norm] if anatomy.final_norm is not None else 'none'}",
+        f"  unembedding   {names[anatomy.unembedding]}, {anatomy.unembedding.out_features:,} words"
+        + (", tied to the embedding" if tied else ""),
+        f"  image token   {anatomy.image_token if anatomy.image_token is not None else 'none'}",
+    ]
+    return "\n".join(lines + [f"  warning: {warning}" for warning in warnings(anatomy)])
+
+
+def warnings(anatomy: Anatomy) -> list[str]:
+    """What the anatomy leaves out or takes on trust, one sentence each."""
+    found = []
+    if bare := [i for i, ffn in enumerate(anatomy.ffns) if not ffn.neurons]:
+        found.append(f"{len(bare)} layers have no FFN of a single linear map, so none of their neurons is named: {bare}.")
+    if crowded := [i for i, layer in enumerate(anatomy.layers) if fused_experts(layer)]:
+        found.append(
+            f"{len(crowded)} layers have routed experts in fused weights, whose units are not among the neurons: {crowded}."
+        )
+    if anatomy.final_norm is None:
+        found.append("there is no final norm, so norm_aware scores are direct ones.")
+    if anatomy.image_token is None:
+        found.append("the configuration names no image token, so there are no image positions and no heatmaps.")
+    return found
+
+
+def fused_experts(layer: nn.Module) -> list[nn.Module]:
+    """The modules of a layer that keep the weights of several experts in one tensor."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [m for m in layer.modules() if not isinstance(m, convolutions) and any(p.ndim > 2 for p in m.parameters(recurse=False))]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmn anatomy`."""
+    parser.add_argument("model", nargs="?", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
+    parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
+    parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn anatomy`."""
+    from mmn.vlm import load
+
+    vlm = load(args.model, device_map=args.device_map, dtype=args.dtype)
+    print(describe(vlm.model, vlm.anatomy))
+    return 0
