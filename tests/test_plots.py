@@ -1,0 +1,74 @@
+"""Figures draw what they are given, on the axes they are given, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.text import Annotation
+
+from mmn import plots, scenes
+from mmn.errors import MmnError
+
+matplotlib.use("agg")
+SCENE = scenes.draw(3)
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """No figure outlives its test, and none is drawn with a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+        plt.close("all")
+
+
+def test_each_function_returns_the_axes_it_was_given() -> None:
+    ax = plt.subplots()[1]
+    assert plots.picture(SCENE.image, ax) is ax
+    assert plots.heatmap(SCENE.image, np.eye(10), SCENE.objects[0].mask, ax) is ax
+    assert plots.caption_change("a cat", "a dog", ax) is ax
+    assert plots.zeroing({"cat": (1.0, [0.0, 0.1])}, ax) is ax
+    assert plots.scores_by_layer([np.arange(3.0)], [(0, 2)], ax) is ax
+
+
+def test_a_heatmap_lies_over_the_part_of_the_picture_that_was_seen() -> None:
+    ax = plots.heatmap(SCENE.image, np.eye(10), box=(20, 0, 100, 120))
+    assert ax.get_xlim() == (-0.5, 119.5) and ax.get_ylim() == (119.5, -0.5)
+    assert tuple(ax.images[-1].get_extent()) == (19.5, 99.5, 119.5, -0.5)
+
+
+def test_heatmaps_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(MmnError, match="two dimensions"):
+        plots.heatmap(SCENE.image, np.ones(3))
+    with pytest.raises(MmnError, match="2 heatmaps, 1 names"):
+        plots.neurons(SCENE.image, np.ones((2, 3, 3)), ["L0.1"], [["cat"], ["dog"]])
+
+
+def test_neurons_are_drawn_each_with_its_name_and_words() -> None:
+    axes = plots.neurons(SCENE.image, np.ones((2, 3, 3)), ["L0.1", "L2.3"], [[" cat", "fur"], [" dog"]], words=1)
+    assert [ax.get_title() for ax in axes] == ["L0.1", "L2.3"]
+    assert [ax.get_xlabel() for ax in axes] == ["cat", "dog"]
+
+
+def test_only_changed_words_are_marked() -> None:
+    ax = plots.caption_change("a cat on the beach", "a lion on the beach")
+    words = [text for text in ax.texts if isinstance(text, Annotation)]
+    assert [text.get_text() for text in words if text.get_weight() == "bold"] == ["cat", "lion"]
+    assert [text.get_text() for text in words].count("beach") == 2
+
+
+def test_bars_show_the_effect_and_the_mean_of_the_draws() -> None:
+    ax = plots.zeroing({"cat": (3.0, [0.0, 1.0]), "dog": (-1.0, [0.5, 0.5])})
+    assert sorted(round(bar.get_width(), 6) for bar in ax.patches) == [-1.0, 0.5, 0.5, 3.0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_any_token_can_be_drawn() -> None:
+    assert plots.label("$x$\n中") == r"\$x\$⏎□"
+    ax = plots.picture(SCENE.image, title="$ unbalanced { 中 \\frac")
+    ax.figure.canvas.draw()
