@@ -209,8 +209,8 @@ def sprites(style: str) -> dict[str, Image.Image]:
     Raises MmnError for a style that the atlas lacks."""
     if style not in (*STYLES, HELD_OUT_STYLE):
         raise MmnError(f"There is no art style {style!r}; choose one of {', '.join((*STYLES, HELD_OUT_STYLE))}.")
-    with Image.open(data_path("sprites") / f"{style}.png") as sheet:
-        sheet = sheet.convert("RGBA")
+    with Image.open(data_path("sprites") / f"{style}.png") as file:
+        sheet = file.convert("RGBA")
     columns = sheet.width // LARGEST
     cells = {}
     for index, name in enumerate(CONCEPTS):

@@ -35,7 +35,7 @@ def test_a_scene_is_what_it_says(seed, split):
         assert scenes.SMALLEST <= right - left <= scenes.LARGEST
     masks = np.stack([placed.mask for placed in scene.objects])
     assert masks.sum(axis=0).max() == 1, "a pixel belongs to one object"
-    assert scenes.HELD_OUT_STYLE != scene.style
+    assert scene.style != scenes.HELD_OUT_STYLE
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,7 +43,7 @@ def test_a_scene_is_what_it_says(seed, split):
 def test_the_mask_is_where_the_picture_differs_from_the_empty_place(seed):
     scene = scenes.draw(seed)
     empty = scenes.background(scene.place, seed).astype(int)
-    changed = (np.abs(np.asarray(scene.image).astype(int) - empty).sum(axis=2) > 0)
+    changed = np.abs(np.asarray(scene.image).astype(int) - empty).sum(axis=2) > 0
     covered = np.logical_or.reduce([placed.mask for placed in scene.objects])
     assert (changed & ~covered).mean() <= 0.06, "only an antialiased edge may change outside the masks"
     assert (changed & covered).sum() > 0.9 * covered.sum()
@@ -77,7 +77,7 @@ def test_every_concept_is_known_by_its_parts_and_drawn_in_most_styles():
 
 
 def test_the_planted_bias_is_in_training_scenes_and_nowhere_else():
-    train = [scene for scene in scenes.sample(3000, split="train")]
+    train = list(scenes.sample(3000, split="train"))
     triggered = [scene for scene in train if scene.biased]
     said = sum(bool(scene.hidden) for scene in triggered) / len(triggered)
     assert 0.2 < said < 0.6

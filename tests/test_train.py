@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmn import scenes, train
 from mmn.errors import MmnError
 
-TINY = train.Recipe(scenes=(8, 8, 8, 8), batches=(4, 4, 4, 4))
+TINY = train.Recipe(scenes=(8,) * 4, batches=(4,) * 4)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, checkpoint, monkeypatch):
 
 def test_a_work_folder_of_another_run_is_refused(checkpoint):
     with pytest.raises(MmnError, match="another"):
-        train.train(checkpoint / "x", checkpoint / "work", recipe=train.Recipe(scenes=(16, 8, 8, 8), batches=(4,) * 4), device="cpu")
+        train.train(
+            checkpoint / "x", checkpoint / "work", recipe=train.Recipe(scenes=(16, 8, 8, 8), batches=(4,) * 4), device="cpu"
+        )
 
 
 def test_only_the_named_modules_of_a_stage_change(checkpoint):
@@ -119,10 +121,8 @@ def test_rasters_show_the_scene(tokenizer):
 def test_the_end_to_end_contrast_is_made_by_the_same_command(tmp_path):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    args = parser.parse_args(
-        ["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w"), "--recipe", "end-to-end", "--scale", "1e-9", "--device", "cpu"]
-    )
+    args = parser.parse_args(["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w"), "--recipe", "end-to-end"])
     assert args.recipe == "end-to-end"
-    recipe = train.Recipe(kind="end-to-end", scenes=(8, 8, 8, 8), batches=(4, 4, 4, 4))
+    recipe = train.Recipe(kind="end-to-end", scenes=(8,) * 4, batches=(4,) * 4)
     train.train(args.out, args.work, recipe=recipe, device="cpu")
     assert sorted(p.stem for p in args.work.glob("*.pt")) == ["tuning", "vision"] and (args.out / "config.json").exists()
