@@ -117,7 +117,11 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "mmn.cli", "explain", "--out", "deep/out"], cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmn.cli", "explain", "--out", "deep/out"],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child is born deaf to it
+    )
     waited = time.monotonic()
     while not any(tmp_path.glob("deep/.out-*")) and time.monotonic() - waited < 60:
         time.sleep(0.02)
