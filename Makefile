@@ -39,6 +39,7 @@ test: .venv/ready
 # make refresh TABLES=1       the slow tables of data/ first (an hour or more)
 refresh: .venv/ready
 	$(if $(TABLES),$(BIN)/mmn evaluate --out data/results/evaluate.json --card data/tiny-llava/README.md)
+	$(if $(TABLES),$(BIN)/mmn tables)
 	$(BIN)/ruff format --quiet $(CHAPTERS)
 	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("mmn.cli", "caption a picture, find the neurons behind each noun, draw where they fire"),
     "train": ("mmn.train", "train the scale model"),
     "evaluate": ("mmn.evaluate", "measure a model on fresh scenes, with chance levels and random controls"),
+    "tables": ("mmn.tables", "make the slow tables that the chapters show, or check a sample of them"),
     "bench": ("mmn.bench", "time what recording and ranking cost"),
     "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),
     "families": ("mmn.families", "list the model families that were tried, and what was found"),
