@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -140,11 +140,14 @@ _STREAM = {"train": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Placed:
-    """One object of a scene: its concept, its box `(left, top, right, bottom)` in pixels, its visible mask bool `[120, 120]`."""
+    """One object of a scene: its concept, its box `(left, top, right, bottom)` in pixels, its visible mask bool `[120, 120]`, whether
+    it is drawn mirrored, and by how much its hue is turned (0 ... 255, a full circle)."""
 
     concept: str
     box: tuple[int, int, int, int]
     mask: np.ndarray
+    mirrored: bool = False
+    hue: int = 0
 
 
 @dataclass(frozen=True)
@@ -311,20 +314,73 @@ def draw(
             names, hidden = _plant(rng, names, atlas)
     boxes = _layout(rng, len(names))
     boxes.sort(key=lambda box: box[0] - box[2])  # largest first
-    canvas = Image.fromarray(background(place, seed))
-    masks: list[np.ndarray] = []
+    blank = np.zeros((SIZE, SIZE), bool)
+    pieces = []
     for name, box in zip(names, boxes, strict=True):
         sprite = art(rng, style, name) if art else atlas[name]
-        sprite = sprite.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
-        if rng.random() < 0.5:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        canvas.paste(sprite, box[:2], sprite)
-        alpha = np.zeros((SIZE, SIZE), bool)
-        alpha[box[1] : box[3], box[0] : box[2]] = np.asarray(sprite)[..., 3] > 127
-        masks = [mask & ~alpha for mask in masks] + [alpha]
-    objects = tuple(Placed(name, box, mask) for name, box, mask in zip(names, boxes, masks, strict=True))
+        pieces.append((Placed(name, box, blank, bool(rng.random() < 0.5)), sprite))
+    canvas, objects = _paint(place, seed, pieces)
     caption = write_caption(rng, objects, place, hidden)
     return Scene(canvas, objects, place, style, caption, hidden, seed)
+
+
+def _paint(place: str, seed: int, pieces: Sequence[tuple[Placed, Image.Image]]) -> tuple[Image.Image, tuple[Placed, ...]]:
+    """The picture of some objects, each with its sprite, the later ones in front; and the objects with their visible masks."""
+    canvas = Image.fromarray(background(place, seed))
+    masks: list[np.ndarray] = []
+    for placed, art in pieces:
+        left, top, right, bottom = placed.box
+        sprite = turned(art, placed.hue).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        if placed.mirrored:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        canvas.paste(sprite, (left, top), sprite)
+        alpha = np.zeros((SIZE, SIZE), bool)
+        alpha[top:bottom, left:right] = np.asarray(sprite)[..., 3] > 127
+        masks = [mask & ~alpha for mask in masks] + [alpha]
+    return canvas, tuple(replace(placed, mask=mask) for (placed, _), mask in zip(pieces, masks, strict=True))
+
+
+def turned(sprite: Image.Image, hue: int) -> Image.Image:
+    """An RGBA sprite with its hue turned by `hue` of 256 steps."""
+    if not hue % 256:
+        return sprite
+    hsv = np.array(sprite.convert("RGB").convert("HSV"))
+    hsv[..., 0] += np.uint8(hue % 256)
+    out = Image.fromarray(hsv, "HSV").convert("RGB")
+    out.putalpha(sprite.getchannel("A"))
+    return out
+
+
+def recompose(scene: Scene, objects: Sequence[Placed], *, place: str | None = None, style: str | None = None) -> Scene:
+    """The same scene with other objects (one to three), place or art: the minimal pairs that only a drawn world allows.
+
+    What is left out of `objects` is removed from the picture; `dataclasses.replace(placed, concept=..., box=..., hue=...)` replaces,
+    moves or recolours one. Masks and caption are made anew; everything else, the grain of the ground included, stays. Raises
+    MmnError as `draw` does."""
+    style, place = style or scene.style, place or scene.place
+    atlas = sprites(style)
+    if place not in PLACES:
+        raise MmnError(f"There is no place {place!r}; choose one of {', '.join(PLACES)}.")
+    _check([placed.concept for placed in objects], atlas, style)
+    canvas, painted = _paint(place, scene.seed, [(placed, atlas[placed.concept]) for placed in objects])
+    caption = write_caption(np.random.default_rng([5, scene.seed]), painted, place)
+    return Scene(canvas, painted, place, style, caption, (), scene.seed)
+
+
+def free_box(scene: Scene, moved: Placed, seed: int = 0) -> tuple[int, int, int, int]:
+    """Another place for one of the scene's objects, at least half its side away, that hardly touches the others.
+
+    Raises MmnError where there is no room."""
+    rng = np.random.default_rng([6, seed, scene.seed])
+    left, top, right, bottom = moved.box
+    wide, high = right - left, bottom - top
+    others = [placed.box for placed in scene.objects if placed is not moved]
+    for _ in range(500):
+        x, y = int(rng.integers(0, SIZE - wide + 1)), int(rng.integers(0, SIZE - high + 1))
+        box = (x, y, x + wide, y + high)
+        if max(abs(x - left), abs(y - top)) >= wide // 2 and not _overlaps(box, others):
+            return box
+    raise MmnError(f"There is no room to move the {moved.concept} to in this scene: take another one.")
 
 
 def _check(concepts: Sequence[str], art: dict[str, Image.Image], style: str) -> None:

@@ -1,6 +1,7 @@
 """The world: seeded, true to its own labels, unbiased where it says so."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,3 +103,41 @@ def test_what_can_be_asked_of_draw():
                     {"style": "fxemoji", "concepts": ["bed"]}):  # fmt: skip
         with pytest.raises(MmnError):
             scenes.draw(1, **options)
+
+
+def test_a_scene_recomposed_of_its_own_objects_is_the_same_picture():
+    for seed in range(20):
+        scene = scenes.draw(seed)
+        again = scenes.recompose(scene, scene.objects)
+        assert np.array_equal(np.asarray(again.image), np.asarray(scene.image))
+        assert all(np.array_equal(one.mask, other.mask) for one, other in zip(again.objects, scene.objects, strict=True))
+
+
+def test_a_minimal_pair_differs_where_its_object_is_and_nowhere_else():
+    for seed in range(20):
+        scene = scenes.draw(seed, concepts=["cat", "car"], style="noto")
+        cat = next(placed for placed in scene.objects if placed.concept == "cat")
+        rest = [placed for placed in scene.objects if placed is not cat]
+        outside = np.ones((scenes.SIZE, scenes.SIZE), bool)
+        outside[cat.box[1] : cat.box[3], cat.box[0] : cat.box[2]] = False
+        for objects in (rest, [replace(cat, concept="dog"), *rest], [replace(cat, hue=100), *rest]):
+            changed = (np.asarray(scenes.recompose(scene, objects).image) != np.asarray(scene.image)).any(axis=2)
+            assert changed.any() and not (changed & outside).any()
+        box = scenes.free_box(scene, cat)
+        moved = scenes.recompose(scene, [replace(cat, box=box), *rest])
+        assert moved.mask("cat").sum() > 0 and set(moved.names) == {"cat", "car"}
+        assert box != cat.box and (box[2] - box[0], box[3] - box[1]) == (cat.box[2] - cat.box[0], cat.box[3] - cat.box[1])
+    elsewhere = scenes.recompose(scene, scene.objects, place="snow", style="twemoji")
+    assert (elsewhere.place, elsewhere.style) == ("snow", "twemoji")
+    with pytest.raises(MmnError, match="one to three"):
+        scenes.recompose(scene, [])
+
+
+def test_hue_turns_and_transparency_stays():
+    sprite = scenes.sprites("noto")["apple"]
+    red = np.asarray(scenes.turned(sprite, 85)).astype(int)
+    assert np.array_equal(red[..., 3], np.asarray(sprite)[..., 3])
+    before = np.asarray(sprite).astype(int)
+    seen = before[..., 3] > 200
+    assert before[seen][:, 0].mean() > before[seen][:, 1].mean() + 50  # a red apple
+    assert red[seen][:, 1].mean() > red[seen][:, 0].mean() + 50  # is green a third of the circle on
