@@ -368,17 +368,19 @@ def recompose(scene: Scene, objects: Sequence[Placed], *, place: str | None = No
 
 
 def free_box(scene: Scene, moved: Placed, seed: int = 0) -> tuple[int, int, int, int]:
-    """Another place for one of the scene's objects, at least half its side away, that hardly touches the others.
+    """Another place for one of the scene's objects, at least a third of its side away, that hardly touches the others.
 
     Raises MmnError where there is no room."""
     rng = np.random.default_rng([6, seed, scene.seed])
     left, top, right, bottom = moved.box
     wide, high = right - left, bottom - top
     others = [placed.box for placed in scene.objects if placed is not moved]
-    for _ in range(500):
-        x, y = int(rng.integers(0, SIZE - wide + 1)), int(rng.integers(0, SIZE - high + 1))
+    corners = [
+        (x, y) for x in range(SIZE - wide + 1) for y in range(SIZE - high + 1) if max(abs(x - left), abs(y - top)) > wide // 3
+    ]
+    for x, y in rng.permutation(corners).tolist():
         box = (x, y, x + wide, y + high)
-        if max(abs(x - left), abs(y - top)) >= wide // 2 and not _overlaps(box, others):
+        if not _overlaps(box, others):
             return box
     raise MmnError(f"There is no room to move the {moved.concept} to in this scene: take another one.")
 
