@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
@@ -174,4 +175,55 @@ def zeroing(effects: Mapping[str, tuple[float, Sequence[float]]], ax: Axes | Non
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+MARKS = ((VERMILION, "o"), (GREY, "s"), (BLUE, "^"), (ORANGE, "D"), (GREEN, "v"))
+
+
+def curves(
+    table: pd.DataFrame, ax: Axes | None = None, xlabel: str = "", ylabel: str = "", *, log: bool = False, dashed: str = ""
+) -> Axes:
+    """One line with its interval for each name: `table` is indexed by (name, x) and has the columns value, low, high.
+
+    log: x in powers of ten. dashed: a word for the legend where all lines are a second set, drawn dashed in the first one's colours.
+    Raises MmnError for more than five names."""
+    ax = _axes(ax, 6.5, 3.6)
+    names = list(dict.fromkeys(table.index.get_level_values(0)))
+    if len(names) > len(MARKS):
+        raise MmnError(f"{len(names)} lines cannot be told apart in one figure: draw at most {len(MARKS)}.")
+    for name, (colour, mark) in zip(names, MARKS, strict=False):
+        part = table.xs(name, level=0).sort_index()
+        line = {"ls": "--", "lw": 1.0} if dashed else {"ls": "-", "lw": 1.6, "marker": mark, "ms": 5}
+        ax.plot(part.index, part["value"], color=colour, label=label(f"{name}{dashed and ', ' + dashed}"), **line)  # type: ignore[arg-type]
+        if not dashed:
+            ax.fill_between(part.index, part["low"], part["high"], color=colour, alpha=0.18, lw=0)
+    if log:
+        ax.set_xscale("log")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def matrix(
+    values: ArrayLike, rows: Sequence[str], columns: Sequence[str], ax: Axes | None = None, xlabel: str = "", ylabel: str = "",
+    title: str = "", unit: str = "",
+) -> Axes:  # fmt: skip
+    """A matrix `[rows, columns]` as colours, named on both sides, with a scale named `unit`; small ones with their numbers."""
+    table = np.asarray(values, float)
+    if table.shape != (len(rows), len(columns)):
+        raise MmnError(f"The matrix is {table.shape} and the names are {len(rows)} and {len(columns)}: give one for each side.")
+    ax = _axes(ax, 6.4, 5.6)
+    shown = ax.imshow(table, cmap=HEAT, aspect="auto" if table.shape[0] != table.shape[1] else "equal")
+    small = 9 if len(rows) <= 12 else 5.5
+    ax.set_xticks(range(len(columns)), [label(name) for name in columns], rotation=90, fontsize=small)
+    ax.set_yticks(range(len(rows)), [label(name) for name in rows], fontsize=small)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(label(title), fontsize=10)
+    if table.size <= 36:
+        middle = (np.nanmin(table) + np.nanmax(table)) / 2
+        for (row, column), value in np.ndenumerate(table):
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > middle else "white")
+    ax.figure.colorbar(shown, ax=ax, shrink=0.8, label=unit)
     return ax

@@ -226,8 +226,8 @@ def effects(
 
     `neurons` names each list, or each list of lists (random draws). Columns: picture, noun, neurons (the name), draw, k, drop (of log
     p(noun's first token), nats, positive when the word loses), others (mean drop of the caption's other nouns, nan without any), flip
-    (the noun is no longer the likeliest token at its step), rest (share of the steps that belong to no noun whose likeliest token
-    stays). change: how (default: zeroing). The reading without change can be given as `base`."""
+    (1 if the noun is no longer the likeliest token at its step, nan if it never was), rest (share of the steps that belong to no noun
+    whose likeliest token stays). change: how (default: zeroing). The reading without change can be given as `base`."""
     base = base or reread(vlm, case.trace)
     named = [(name, draw, list(each)) for name, some in neurons.items() for draw, each in enumerate(_lists(some))]
     rows = []
@@ -235,8 +235,8 @@ def effects(
         part = named[start : start + rows_at_once]
         with (change or scaled(0))(vlm, [each for _, _, each in part]):
             reading = reread(vlm, case.trace, rows=len(part))
-        for (name, draw, each), measured in zip(part, _measured(case, base, reading), strict=True):
-            rows.append({"picture": case.picture, "noun": case.lemma, "neurons": name, "draw": draw, "k": len(each), **measured})
+        for (name, draw, each), values in zip(part, measured(case, base, reading), strict=True):
+            rows.append({"picture": case.picture, "noun": case.lemma, "neurons": name, "draw": draw, "k": len(each), **values})
     return pd.DataFrame(rows)
 
 
@@ -244,7 +244,8 @@ def _lists(some: Sequence[Neuron] | Sequence[Sequence[Neuron]]) -> list[Sequence
     return [some] if not len(some) or isinstance(some[0], Neuron) else list(some)  # type: ignore[list-item, arg-type]
 
 
-def _measured(case: Case, base: Reading, reading: Reading) -> list[dict[str, Any]]:
+def measured(case: Case, base: Reading, reading: Reading) -> list[dict[str, Any]]:
+    """The columns drop, others, flip and rest of `effects`, one dictionary for each row of `reading`, against the one row of `base`."""
     own = case.noun.step
     others = [noun.step for noun in case.trace.nouns if noun.step != own]
     spoken = {step for noun in case.trace.nouns for step in _steps_of(case.trace, noun)}
@@ -254,7 +255,7 @@ def _measured(case: Case, base: Reading, reading: Reading) -> list[dict[str, Any
         {
             "drop": float(drops[row, own]),
             "others": float(drops[row, others].mean()) if others else float("nan"),
-            "flip": bool(reading.best[row, own] != case.noun.token),
+            "flip": float(reading.best[row, own] != case.noun.token) if base.best[0, own] == case.noun.token else float("nan"),
             "rest": float((reading.best[row, rest] == base.best[0, rest]).float().mean()) if rest else float("nan"),
         }
         for row in range(len(drops))

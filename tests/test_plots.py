@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Annotation
 
@@ -72,3 +73,24 @@ def test_any_token_can_be_drawn() -> None:
     assert plots.label("$x$\n中") == r"\$x\$⏎□"
     ax = plots.picture(SCENE.image, title="$ unbalanced { 中 \\frac")
     ax.figure.canvas.draw()
+
+
+def test_curves_have_a_line_and_a_band_for_each_name() -> None:
+    index = pd.MultiIndex.from_product([["found", "random"], [1, 10, 100]], names=["neurons", "k"])
+    table = pd.DataFrame({"value": range(6), "low": range(-1, 5), "high": range(1, 7)}, index=index)
+    ax = plots.curves(table, xlabel="k", log=True)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0, 1, 2], [3, 4, 5]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["found", "random"]
+    assert len(ax.collections) == 2 and ax.get_xscale() == "log"
+    plots.curves(table, ax, dashed="200 scenes")
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", "--", "--"]
+    with pytest.raises(MmnError, match="at most"):
+        plots.curves(pd.concat([table.rename({"found": n}, level=0) for n in "abcdef"]))
+
+
+def test_a_matrix_is_named_on_both_sides() -> None:
+    ax = plots.matrix([[1, 2, 3], [4, 5, 6]], ["cat", "dog"], ["a", "b", "c"], unit="logits")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog"]
+    assert [text.get_text() for text in ax.texts] == ["1.00", "2.00", "3.00", "4.00", "5.00", "6.00"]
+    with pytest.raises(MmnError, match="one for each side"):
+        plots.matrix(np.ones((2, 2)), ["cat"], ["a", "b"])

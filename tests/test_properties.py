@@ -114,7 +114,7 @@ def test_effects_are_those_of_one_intervention_at_a_time(vlm, case):
         with mmn.zero(vlm, neurons):
             now = logits_of(vlm, case.trace.image, case.trace.tokens)
         assert row["drop"] == pytest.approx(float(base[step, token] - now[step, token]), abs=1e-4)
-        assert row["flip"] == (int(now[step].argmax()) != token)
+        assert row["flip"] == float(int(now[step].argmax()) != token)
         others = [noun for noun in case.trace.nouns if noun.step != step]
         drops = [float(base[noun.step, noun.token] - now[noun.step, noun.token]) for noun in others]
         assert row["others"] == pytest.approx(np.mean(drops), abs=1e-4)

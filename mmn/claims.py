@@ -1,0 +1,118 @@
+"""The rows with which every chapter ends: a claim, our figure, its control, the verdict; and the page that collects them.
+
+A chapter shows its rows with `claims.show([...])`, which also writes them into the notebook's stored output, as metadata that no reader
+sees; `claims.collect(folder)` reads them from there, so that no figure is ever typed in a second time. The verdict is computed: see
+`Claim.verdict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mmn import tables
+from mmn.errors import MmnError
+from mmn.metrics import Interval
+
+KEY = "mmn_claims"  # of an output's metadata
+CONTRASTS = {"seed": "shipped recipe, other seeds", "end-to-end": "end to end", "untrained": "untrained"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row. claim: a sentence. source: who makes it (`abstract` of Pan et al., or `ours`). measure: what was measured, with its unit;
+    more must be better. found, control: the figure and what chance or another choice of neurons gives; None where there is no control.
+    bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label."""
+
+    claim: str
+    measure: str
+    found: Interval
+    control: Interval | None = None
+    bar: float | None = None
+    source: str = "abstract"
+    contrasts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """`holds`: the interval lies above the control's and the figure reaches the bar. `in part`: above the control, below the bar.
+        `not shown`: anything else."""
+        above = self.control is None or self.found.low > self.control.high
+        reached = self.bar is None or self.found.value >= self.bar
+        return "holds" if above and reached else "in part" if above and self.control is not None else "not shown"
+
+
+def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:
+    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...)."""
+    found = [label for label in tables.labels(name, folder) if label]
+    return {label: float(statistic(tables.read(name, label=label, folder=folder))) for label in found}
+
+
+def frame(rows: Sequence[Claim]) -> pd.DataFrame:
+    """The rows as a table of text, one column for each kind of model."""
+    out = []
+    for row in rows:
+        line = {
+            "claim": row.claim,
+            "measure": row.measure,
+            "ours": _text(row.found),
+            "control": _text(row.control) if row.control else "",
+            "bar": "" if row.bar is None else f"{row.bar:g}",
+            "verdict": row.verdict,
+        }
+        for start, title in CONTRASTS.items():
+            values = [value for label, value in row.contrasts.items() if label.startswith(start)]
+            line[title] = _spread(values)
+        out.append(line)
+    return pd.DataFrame(out)
+
+
+def _text(value: Interval) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def _spread(values: Sequence[float]) -> str:
+    known = [value for value in values if not np.isnan(value)]
+    if not known:
+        return "open"
+    return f"{known[0]:.2f}" if len(known) == 1 else f"{np.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+
+
+def show(rows: Sequence[Claim], model_hash: str) -> None:
+    """Display the rows and keep them in the notebook's output."""
+    from IPython.display import display
+
+    record = {"model_hash": model_hash, "rows": [asdict(row) for row in rows]}
+    display(frame(rows).style.hide(axis="index"), metadata={KEY: record})
+
+
+def collect(folder: Path) -> pd.DataFrame:
+    """The rows of all chapters in a folder of notebooks, in their order, with `chapter` (its file) in front, and `source`.
+
+    Raises MmnError where chapters are of different models."""
+    import nbformat
+
+    parts, hashes = [], {}
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                record = output.get("metadata", {}).get(KEY)
+                if record is None:
+                    continue
+                hashes[path.stem] = record["model_hash"]
+                rows = [_claim(row) for row in record["rows"]]
+                sources = [row.source for row in rows]
+                parts.append(frame(rows).assign(source=sources, chapter=path.stem))
+    if len(set(hashes.values())) > 1:
+        raise MmnError(f"The chapters' outputs are of different models: {hashes}. Run `make refresh`.")
+    if not parts:
+        raise MmnError(f"No chapter in {folder} has rows of claims in its stored outputs: run `make refresh`.")
+    table = pd.concat(parts, ignore_index=True)
+    return table[["chapter", "source", *table.columns.drop(["chapter", "source"])]]
+
+
+def _claim(row: dict) -> Claim:
+    intervals = {name: Interval(*row[name]) for name in ("found", "control") if row[name]}
+    return Claim(**{**row, **intervals})

@@ -1,0 +1,82 @@
+"""Claims: the verdict follows from the figures, and what a chapter stores is what the page collects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from mmn import claims
+from mmn.claims import Claim
+from mmn.errors import MmnError
+from mmn.metrics import Interval
+
+
+def interval(value: float) -> Interval:
+    return Interval(value, value - 0.1, value + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("found", "control", "bar", "verdict"),
+    [
+        (1.0, 0.5, None, "holds"),
+        (1.0, 0.5, 0.9, "holds"),
+        (1.0, 0.5, 1.1, "in part"),
+        (1.0, 0.9, None, "not shown"),  # the intervals meet
+        (0.5, 1.0, None, "not shown"),
+        (1.0, 0.9, 0.5, "not shown"),
+        (1.0, None, 0.9, "holds"),
+        (1.0, None, 1.1, "not shown"),
+    ],
+)
+def test_the_verdict_follows_from_the_figures(found, control, bar, verdict):
+    row = Claim("it is so", "how much", interval(found), None if control is None else interval(control), bar)
+    assert row.verdict == verdict
+    assert claims.frame([row])["verdict"].tolist() == [verdict]
+
+
+def test_other_models_stand_in_columns_of_their_own():
+    others = {"seed-1": 0.5, "seed-2": 0.75, "end-to-end": 0.25}
+    (row,) = claims.frame([Claim("c", "m", interval(1), contrasts=others)]).to_dict("records")
+    assert row["shipped recipe, other seeds"] == "0.62 (0.50 to 0.75)"
+    assert row["end to end"] == "0.25" and row["untrained"] == "open"
+
+
+def test_contrasts_are_read_from_the_stored_tables(tmp_path: Path):
+    for label, value in (("", 9.0), ("seed-1", 1.0), ("untrained", 2.0)):
+        stem = f"causal.{label}" if label else "causal"
+        pd.DataFrame({"drop": [value, value + 1]}).to_csv(tmp_path / f"{stem}.csv")
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"label": label, "model_hash": label}))
+    found = claims.contrasts("causal", lambda frame: frame["drop"].mean(), folder=tmp_path)
+    assert found == {"seed-1": 1.5, "untrained": 2.5}
+
+
+def chapter(folder: Path, name: str, rows: list[Claim], model_hash: str = "abc") -> None:
+    """A notebook whose stored outputs hold the rows, as `show` leaves them."""
+    kept: list[dict] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("IPython.display.display", lambda shown, metadata: kept.append(metadata))
+        claims.show(rows, model_hash)
+    output = nbformat.v4.new_output("display_data", data={"text/plain": ""}, metadata=json.loads(json.dumps(kept[0])))
+    cell = nbformat.v4.new_code_cell("show", outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T"), cell]), folder / name)
+
+
+def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
+    first = [Claim("a", "m", interval(1), interval(0.5), 0.9, contrasts={"untrained": 0.0}), Claim("b", "m", interval(0.1))]
+    second = [Claim("c", "m", interval(2), interval(0.5), source="ours")]
+    chapter(tmp_path, "05_b.ipynb", second)
+    chapter(tmp_path, "04_a.ipynb", first)
+    table = claims.collect(tmp_path)
+    assert table["chapter"].tolist() == ["04_a", "04_a", "05_b"]
+    assert table["source"].tolist() == ["abstract", "abstract", "ours"]
+    expected = claims.frame([*first, *second])
+    pd.testing.assert_frame_equal(table[expected.columns], expected)
+    chapter(tmp_path, "06_c.ipynb", second, "another")
+    with pytest.raises(MmnError, match="different models"):
+        claims.collect(tmp_path)
+    with pytest.raises(MmnError, match="No chapter"):
+        claims.collect(tmp_path / "nowhere")

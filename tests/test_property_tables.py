@@ -1,0 +1,105 @@
+"""The slow tables of the three properties, small, on a tiny random model: each row against the measure it stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+import mmn
+from mmn import nouns, properties, scenes
+from mmn import property_tables as made
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return mmn.VLM(*tiny.llava_parts(), "speaker", lexicon=nouns.scene_nouns)
+
+
+@pytest.fixture(scope="module")
+def case(speaker):
+    return properties.cases(speaker, [made.scene_of(1)], force=True)[0]
+
+
+def test_each_key_is_a_scene_of_its_own_without_a_planted_trigger():
+    found = [made.scene_of(key) for key in range(30)]
+    assert len({scene.seed for scene in found}) == 30 and not any(scene.biased for scene in found)
+
+
+def test_the_unit_of_noise_is_the_spread_of_all_writes(speaker):
+    every = torch.cat([ffn.projection.weight.flatten() for ffn in speaker.anatomy.ffns])
+    assert made.spread(speaker) == pytest.approx(float(every.square().mean().sqrt()), rel=1e-5)
+
+
+def test_causal_rows_are_single_effects(speaker, case):
+    rows = pd.DataFrame(made.causal_rows(speaker, case, ks=(1, 5), few=(5,), draws=2))
+    assert set(rows["change"]) == {"zero", "mean", "resample", "scale", "noise"}
+    zero = rows[rows["change"].eq("zero")].set_index(["neurons", "k"])["drop"]
+    alone = properties.effects(speaker, case, {"found": case.top(5)})["drop"][0]
+    assert zero["found", 5] == pytest.approx(alone, abs=1e-4)
+    draws = mmn.same_layer_random(speaker, case.top(5), draws=2, seed=case.scene.seed + 5)
+    assert zero["random", 5] == pytest.approx(properties.effects(speaker, case, {"r": draws})["drop"].mean(), abs=1e-4)
+    scale = rows[rows["change"].eq("scale") & rows["neurons"].eq("found")].set_index("level")["drop"]
+    assert scale[-1.0] != scale[2.0]
+    other = made.another(speaker, case)
+    assert other.lemma not in case.scene.names
+    resampled = properties.effects(speaker, case, {"f": case.top(5)}, properties.replaced_by(properties.at_noun(other)))
+    kept = rows[rows["change"].eq("resample") & rows["neurons"].eq("found")]["drop"].item()
+    assert kept == pytest.approx(resampled["drop"][0], abs=1e-4)
+
+
+def test_rows_of_a_scene_are_means_over_its_nouns(case):
+    rows = made.mean_rows([case, case], [[{"k": 1, "drop": 1.0}], [{"k": 1, "drop": 2.0}]], ["k"], ["drop"])
+    assert rows == [{"k": 1, "drop": 1.5, "nouns": 2, "forced": True}]
+
+
+def test_invariance_of_an_unchanged_picture_is_one(speaker, case, monkeypatch):
+    monkeypatch.setattr(properties, "variants", lambda scene, noun: {"same": scene})
+    rows = {row["kind"]: row for row in made.invariance_rows(speaker, case, (1, 5, 10), shuffles=2)}
+    assert [rows["same"][f"k{k}"] for k in (1, 5, 10)] == [1, 1, 1] and rows["same"]["drop"] == pytest.approx(0, abs=1e-4)
+    assert rows["shuffle"]["k10"] < 1 or rows["shuffle"]["drop"] != 0
+    again = properties.shuffled(speaker, case, 0)
+    assert made.pair_rows(case, again, "x", (10,))[0]["k10"] == len(set(case.top(10)) & set(again.top(10))) / 10
+
+
+def test_the_share_with_the_word_is_counted_from_the_token_lists(speaker, case):
+    row = made.semantic_row(speaker, case, properties.OwnEncoder(speaker), k=8)
+    ids, _ = mmn.semantics.top_token_ids(speaker, case.top(8), 10)
+    assert row["in10"] == np.mean([case.noun.token in each for each in ids.tolist()])
+    assert row["rank"] >= 1 and 0 <= row["in10_random"] <= 1
+
+
+def test_columns_of_the_specificity_table_by_hand(speaker, monkeypatch):
+    monkeypatch.setattr(made, "CONCEPTS", ("cat", "dog", "car"))
+    monkeypatch.setattr(made, "TOP", 5)
+    made._sets.cache_clear()
+    rows = pd.DataFrame(made.specificity(speaker, "dog")).set_index("neurons")
+    assert rows.loc["dog", "overlap"] == 1
+    found = made.portraits(speaker, "cat", 3 * 10**7)
+    assert [each.scene.names for each in found] == [("cat",)] * made.PICTURES
+    top = properties.neurons_at(found[0].layers, torch.stack([each.scores for each in found]).mean(0).topk(5).indices.numpy())
+    (token,) = {each.noun.token for each in found}
+    word = speaker.anatomy.words([token])[0]
+    total = 0.0
+    for each in made.portraits(speaker, "dog", 4 * 10**7):
+        fires = [float(each.trace.activations[layer][each.noun.step, unit]) for layer, unit in top]
+        total += sum(a * float(write @ word) for a, write in zip(fires, speaker.anatomy.writes(top), strict=True))
+    assert rows.loc["cat", "score"] == pytest.approx(total / made.PICTURES, abs=1e-3)
+    made._sets.cache_clear()
+
+
+def test_a_word_that_the_answer_does_not_say_gives_no_figure(speaker, monkeypatch):
+    monkeypatch.setattr(made, "CONCEPTS", ("cat", "dog"))
+    monkeypatch.setattr(made, "TOP", 5)
+    monkeypatch.setattr(made, "in_words", lambda vlm, concept: None)
+    made._sets.cache_clear()
+    (row,) = made.text_specificity(speaker, "dog")
+    assert not row["said"] and np.isnan(row["k10"]) and np.isnan(row["other100"])
+    made._sets.cache_clear()
+
+
+def test_scenes_of_other_measures_are_not_used_again():
+    assert {made.FIRST + 10 * key for key in range(made.SCENES)}.isdisjoint(range(5 * 10**6 + 1000))
+    assert all(scenes.CONCEPTS[name].frequency >= 3 for name in made.CONCEPTS)
