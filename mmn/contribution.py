@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmn.anatomy import Neuron
 from mmn.errors import MmnError
+from mmn.hooks import hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
@@ -132,14 +133,12 @@ def gate_only(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """As released: the activation function's output alone in place of its product with the up projection. One forward pass."""
     last = max(noun.step for noun in nouns)
     seen: list[Tensor] = []
-    handles = []
-    try:
-        for ffn in vlm.anatomy.ffns:
-            handles.append(ffn.watch_gate(lambda out: seen.append(out[0, out.shape[1] - last - 1 :].float().cpu())))
+
+    def keep(out: Tensor) -> None:
+        seen.append(out[0, out.shape[1] - last - 1 :].float().cpu())
+
+    with hooked(ffn.watch_gate(keep) for ffn in vlm.anatomy.ffns):
         vlm.model(**vlm.replay(trace, last), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     directions = vlm.anatomy.words([noun.token for noun in nouns])
     steps = [noun.step for noun in nouns]
     return [ffn.read(directions).cpu() * gate[steps] for ffn, gate in zip(vlm.anatomy.ffns, seen, strict=True)]
@@ -175,15 +174,8 @@ def _activations_and_gradients(vlm: VLM, trace: Trace, noun: Noun) -> tuple[list
         seen.append(activations.detach().requires_grad_() if not seen else activations)
         return seen[-1]
 
-    handles = []
-    try:
-        for ffn in vlm.anatomy.ffns:
-            handles.append(ffn.watch(watch))
-        with torch.enable_grad():
-            logit = vlm.model(**inputs, use_cache=False).logits[0, -1, noun.token].float()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), hooked(ffn.watch(watch) for ffn in vlm.anatomy.ffns):
+        logit = vlm.model(**inputs, use_cache=False).logits[0, -1, noun.token].float()
     gradients = torch.autograd.grad(logit, seen)
     return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], vlm.image_positions(inputs)
 

@@ -16,15 +16,12 @@ import inspect
 import json
 import os
 import re
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -36,6 +33,7 @@ from tqdm.auto import tqdm
 
 from mmn.anatomy import Neuron, by_layer
 from mmn.errors import MmnError
+from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.scenes import CONCEPTS
 from mmn.trace import Trace
@@ -106,16 +104,15 @@ class Edit:
         active = _active(vlm)
         entry = (self,)  # an entry of its own, so that an edit can be applied twice
         try:
-            with _uninterrupted():
-                active.edits.append(entry)
-                active.write(vlm, self)
-            yield vlm
-        finally:
             try:
+                with uninterrupted():
+                    active.edits.append(entry)
+                    active.write(vlm, self)
+                yield vlm
+            finally:
                 active.drop(vlm, entry)
-            except KeyboardInterrupt:  # it came just before it could be held back
-                active.drop(vlm, entry)
-                raise
+        finally:  # once more: Ctrl-C may have come just before it could be held back
+            active.drop(vlm, entry)
 
     def apply(self, vlm: VLM, how: Literal["auto", "weights", "hook"] = "auto") -> None:
         """`applied` without a block: the changes stay until `undo`. Raises MmnError as `applied` does."""
@@ -193,14 +190,18 @@ class Edit:
 
         Pictures whose caption does not say `source` are left out; `keep` are pictures whose captions shall stay. rate: Adam's
         learning rate; enough: the probability at which to stop; weights: of the changes' norm, of what is to stay, and of
-        saying the target twice. A fit is deterministic. Raises MmnError if no caption says the source, there are no neurons, or
-        the model is edited."""
+        saying the target twice. A fit is deterministic. Raises MmnError if no caption says the source, there are no neurons,
+        `steps` or `rate` make no sense, or the model is edited."""
         if getattr(vlm, "_active_edits", None) and _active(vlm).edits:
             raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
         neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
         if not neurons:
             raise MmnError("There are no neurons to edit: give at least one, such as ranking.neurons.")
         vlm.anatomy.check(neurons)
+        if not isinstance(steps, int) or steps < 0:
+            raise MmnError(f"steps is a whole number of at least 0, not {steps!r}.")
+        if not 0 < rate < float("inf"):
+            raise MmnError(f"rate is Adam's learning rate, a number above 0, not {rate!r}.")
         if not target.strip() or target.strip().lower() == source.strip().lower():
             raise MmnError(f"The target {target!r} must be a word other than the source {source!r}.")
         started = time.perf_counter()
@@ -386,11 +387,12 @@ class _Active:
                     total = originals[unit].double() + torch.stack(on).sum(0).to(weight.device)
                     weight[:, unit] = total.to(weight.dtype)
                 else:
-                    weight[:, unit] = originals.pop(unit)
+                    weight[:, unit] = originals[unit]
+                    del originals[unit]
 
     def drop(self, vlm: VLM, entry: tuple[Edit]) -> None:
         """Take one edit out of the weights; no harm is done by doing it again."""
-        with _uninterrupted():
+        with uninterrupted():
             self.edits[:] = [each for each in self.edits if each is not entry]
             self.write(vlm, entry[0])
 
@@ -399,18 +401,3 @@ def _active(vlm: VLM) -> _Active:
     if not hasattr(vlm, "_active_edits"):
         vlm._active_edits = _Active()  # type: ignore[attr-defined]
     return vlm._active_edits  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that no weight stays half-written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-    with ExitStack() as stack:
-        old = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
-        stack.callback(signal.signal, signal.SIGINT, old)
-        yield
-    if waiting and callable(old):
-        old(*waiting[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmn.anatomy import Neuron, by_layer, image_grid
 from mmn.errors import MmnError
+from mmn.hooks import hooked
 from mmn.trace import Trace
 from mmn.vlm import VLM
 
@@ -85,16 +87,8 @@ def heatmap(vlm: VLM, trace: Trace, neurons: Sequence[Neuron]) -> Heatmap:
         if layer == max(groups):
             raise _Enough
 
-    handles = []
-    try:
-        for layer in groups:
-            handles.append(vlm.anatomy.ffns[layer].watch(partial(keep, layer)))
+    with suppress(_Enough), hooked(vlm.anatomy.ffns[layer].watch(partial(keep, layer)) for layer in groups):
         vlm.model(**inputs, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return Heatmap(neurons, flat.reshape(-1, rows, columns), trace.image.size, seen_box(vlm, trace.image.size))
 
 

@@ -6,13 +6,14 @@ neurons in place of a list gives each row of a batch its own neurons."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mmn.anatomy import Neuron, Watcher, by_layer
 from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
 from mmn.trace import Trace
 from mmn.vlm import VLM
 
@@ -34,17 +35,19 @@ def _affine(vlm: VLM, neurons: Chosen, factor: float, means: Sequence[Tensor] | 
     """Multiply the neurons' activations by `factor` and add their entry of `means`, if there is one."""
     rows = _rows(vlm, neurons)
     layers = sorted({neuron.layer for row in rows for neuron in map(Neuron._make, row)})
-    with ExitStack() as stack:
-        for layer in layers:
-            ffn = vlm.anatomy.ffns[layer]
-            times = torch.ones(len(rows), 1, ffn.neurons)
-            plus = torch.zeros(len(rows), 1, ffn.neurons)
-            for index, row in enumerate(rows):
-                units = [unit for _, unit in by_layer(row).get(layer, [])]
-                times[index, 0, units] = factor
-                if means is not None:
-                    plus[index, 0, units] = means[layer][units]
-            stack.callback(ffn.watch(_changer(times, plus)).remove)
+
+    def watched(layer: int) -> Removable:
+        ffn = vlm.anatomy.ffns[layer]
+        times = torch.ones(len(rows), 1, ffn.neurons)
+        plus = torch.zeros(len(rows), 1, ffn.neurons)
+        for index, row in enumerate(rows):
+            units = [unit for _, unit in by_layer(row).get(layer, [])]
+            times[index, 0, units] = factor
+            if means is not None:
+                plus[index, 0, units] = means[layer][units]
+        return ffn.watch(_changer(times, plus))
+
+    with hooked(watched(layer) for layer in layers):
         yield
 
 
@@ -110,10 +113,12 @@ def added(vlm: VLM, neurons: Sequence[Neuron], changes: Tensor) -> Iterator[None
     """With `changes` float32 `[neurons, hidden]` added to the neurons' writes: a hook adds `a_i * change_i` to the projection's
     output in float32, so that quantised, offloaded and half-precision weights are changed as exactly as others."""
     vlm.anatomy.check(neurons)
-    with ExitStack() as stack:
-        for layer, group in by_layer(neurons).items():
-            places, units = (list(each) for each in zip(*group, strict=True))
-            stack.callback(vlm.anatomy.ffns[layer].add(units, changes[places]).remove)
+
+    def add(layer: int, group: list[tuple[int, int]]) -> Removable:
+        places, units = (list(each) for each in zip(*group, strict=True))
+        return vlm.anatomy.ffns[layer].add(units, changes[places])
+
+    with hooked(add(layer, group) for layer, group in by_layer(neurons).items()):
         yield
 
 
@@ -158,9 +163,8 @@ def shuffle_image_tokens(vlm: VLM, permutation: Tensor | None = None, *, seed: i
                 moved[row, mask] = embedded[row, mask][state.of(int(mask.sum())).to(embedded.device)]
         return args, {**kwargs, "inputs_embeds": moved}
 
-    with ExitStack() as stack:
-        stack.callback(vlm.model.register_forward_pre_hook(find, with_kwargs=True).remove)
-        stack.callback(vlm.anatomy.decoder.register_forward_pre_hook(move, with_kwargs=True).remove)
+    places = (vlm.model, find), (vlm.anatomy.decoder, move)
+    with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places):
         yield state
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from mmn.anatomy import Anatomy
 from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
 from mmn.nouns import Lexicon, Noun
 
 WINDOW = 4  # tokens of context in which the next one is decoded
@@ -125,21 +128,18 @@ class Recorder:
         self.steps: list[list[Tensor]] = [[] for _ in anatomy.ffns]
         self.stream: list[Tensor] = []
 
-    def __enter__(self) -> Recorder:
-        self._handles: list[Any] = []
-        try:
-            for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
-                self._handles.append(ffn.watch(partial(_keep, kept)))
-            norm = self.anatomy.final_norm or self.anatomy.unembedding
-            self._handles.append(norm.register_forward_pre_hook(lambda _, args: _keep(self.stream, args[0])))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Keep what passes during the block."""
+        norm = self.anatomy.final_norm or self.anatomy.unembedding
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        def handles() -> Iterator[Removable]:
+            for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
+                yield ffn.watch(partial(_keep, kept))
+            yield norm.register_forward_pre_hook(lambda _, args: _keep(self.stream, args[0]))
+
+        with hooked(handles()):
+            yield
 
 
 def _keep(kept: list[Tensor], seen: Tensor) -> None:

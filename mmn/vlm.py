@@ -200,7 +200,7 @@ class VLM:
         """`caption` of one batch from inputs that are ready."""
         probabilities = _LogProbabilities()
         recorder = Recorder(self.anatomy)
-        with recorder if record else nullcontext(), quiet():
+        with recorder.on() if record else nullcontext(), quiet():
             out = self.model.generate(
                 **inputs, generation_config=self.generation(limit), logits_processor=LogitsProcessorList([probabilities])
             )

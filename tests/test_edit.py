@@ -366,6 +366,10 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", []), "no neurons to edit"),
         (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(5, 0)]), "no neuron L5.0"),
         (lambda: Edit.fit(talking, [], "cat", "dog", one), "no pictures"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=-1), "steps is a whole number"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=2.5), "steps is a whole number"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=0.0), "rate is Adam's"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=float("nan")), "rate is Adam's"),
     ]
     for call, sentence in cases:
         with pytest.raises(mmn.MmnError, match=sentence):
