@@ -85,7 +85,7 @@ def show(rows: Sequence[Claim], model_hash: str) -> None:
     from IPython.display import display
 
     record = {"model_hash": model_hash, "rows": [asdict(row) for row in rows]}
-    display(frame(rows).style.hide(axis="index"), metadata={KEY: record})
+    display(frame(rows).set_index("claim"), metadata={KEY: record})
 
 
 def collect(folder: Path) -> pd.DataFrame:

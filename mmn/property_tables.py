@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 import mmn
@@ -31,6 +32,12 @@ SHUFFLES = 3
 def scene_of(key: int) -> Scene:
     """Scene number `key` of the tables: the first of ten that shows no planted trigger."""
     return next(scene for scene in scenes.sample(10, first=FIRST + 10 * key) if not scene.biased)
+
+
+def own(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of captions that the model said itself; all of them where every caption was put into its mouth."""
+    said = frame[~frame["forced"].astype(bool)]
+    return said if len(said) else frame
 
 
 def spread(vlm: VLM) -> float:
@@ -102,8 +109,6 @@ def mean_of_generation(vlm: VLM) -> list[torch.Tensor]:
 
 def mean_rows(cases: list[Case], rows: list[list[Row]], names: list[str], values: list[str]) -> list[Row]:
     """One row a condition: the mean over the nouns of a scene, rounded to four places; `nouns` says over how many."""
-    import pandas as pd
-
     frame = pd.DataFrame([row for each in rows for row in each])
     if frame.empty:
         return []

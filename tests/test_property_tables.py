@@ -28,6 +28,12 @@ def test_each_key_is_a_scene_of_its_own_without_a_planted_trigger():
     assert len({scene.seed for scene in found}) == 30 and not any(scene.biased for scene in found)
 
 
+def test_forced_captions_count_only_where_there_are_no_others():
+    frame = pd.DataFrame({"drop": [1, 2, 3], "forced": [True, False, False]})
+    assert made.own(frame)["drop"].tolist() == [2, 3]
+    assert made.own(frame[:1])["drop"].tolist() == [1]
+
+
 def test_the_unit_of_noise_is_the_spread_of_all_writes(speaker):
     every = torch.cat([ffn.projection.weight.flatten() for ffn in speaker.anatomy.ffns])
     assert made.spread(speaker) == pytest.approx(float(every.square().mean().sqrt()), rel=1e-5)
