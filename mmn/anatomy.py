@@ -7,13 +7,14 @@ activation, what the map receives; `w_i`, its *write*, is a column of the map's 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmn.errors import MmnError
 
@@ -33,10 +34,10 @@ class Neuron(NamedTuple):
 class Handles:
     """Hooks that are removed together."""
 
-    def __init__(self, *handles: RemovableHandle):
+    def __init__(self, *handles: Any):
         self.handles = list(handles)
 
-    def append(self, handle: RemovableHandle) -> None:
+    def append(self, handle: Any) -> None:
         """One more."""
         self.handles.append(handle)
 
@@ -53,7 +54,7 @@ class FFN:
     a batch in one row."""
 
     layer: nn.Module
-    projection: nn.Linear
+    projection: Any
     gate: nn.Module | None = None
     flat: bool = False
 
@@ -127,18 +128,226 @@ class FFN:
         return Handles(*handles), rows
 
 
+@dataclass(frozen=True)
+class Experts(FFN):
+    """The routed experts of one layer, whose weights lie in one tensor. Neuron `expert * width + unit`; its activation is what the
+    expert's last map receives times the routing weight, 0 where the expert is not chosen.
+
+    projection: the module of the experts. last: the name of their last weights in it, `[experts, hidden, width]`, or `[experts,
+    width, hidden]` where `turned`. No module stands between the experts' maps to be hooked: the activations are what the
+    experts' own code gives when their last weights are replaced by ones that pass on what they receive."""
+
+    last: str = ""
+    turned: bool = False
+    point: nn.Module = field(default_factory=nn.Identity)  # where watchers are hooked
+    added: list[Any] = field(default_factory=list)  # (units, changes) of each `add`
+    running: list[Any] = field(default_factory=list)  # watchers and adds that are on
+
+    flat: bool = True
+    plain = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The experts' last weights, `[experts, hidden, width]`: writing into them changes the model."""
+        weight = getattr(self.projection, self.last).data
+        return weight.transpose(1, 2) if self.turned else weight
+
+    @property
+    def width(self) -> int:
+        """Neurons of one expert."""
+        return self.weight.shape[2]
+
+    @property
+    def neurons(self) -> int:
+        """Experts times the width of one."""
+        return self.weight.shape[0] * self.width
+
+    def write(self, units: Sequence[int]) -> Tensor:
+        """The writes of some neurons, float32 `[units, hidden]`."""
+        index = torch.as_tensor(list(units), dtype=torch.long, device=self.weight.device)
+        return self.weight[index // self.width, :, index % self.width].float()
+
+    def read(self, directions: Tensor) -> Tensor:
+        """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`."""
+        directions = directions.to(self.weight.device, torch.float32)
+        return torch.cat([directions @ expert.float() for expert in self.weight], -1)
+
+    def activations(self, *given: Any) -> Tensor:
+        """Activations `[rows, neurons]` when the module is called with rows `[rows, hidden]`, the experts chosen for each
+        `[rows, chosen]` and their weights; or with `[experts * rows, hidden]` alone, the weights in it already."""
+        rows, routing = given[0].flatten(0, -2), given[1:]
+        experts, _, width = self.weight.shape
+        if not routing:
+            return self._passed_on(rows).unflatten(0, (experts, -1)).transpose(0, 1).flatten(1)
+        chosen = next(each for each in routing if not each.is_floating_point())
+        single = [each.reshape(-1, 1) for each in routing]
+        seen = self._passed_on(rows.repeat_interleave(chosen.shape[-1], 0), *single).unflatten(0, chosen.shape)
+        place = torch.arange(len(rows), device=chosen.device)[:, None].expand_as(chosen), chosen
+        return seen.new_zeros(len(rows), experts, width).index_put(place, seen, accumulate=True).flatten(1)
+
+    def _passed_on(self, *given: Any) -> Tensor:
+        """What the last weights receive, `[rows, width]`: as many columns at a time as the output has."""
+        experts, hidden, width = self.weight.shape
+        columns = []
+        for start in range(0, width, hidden):
+            count = min(hidden, width - start)
+            only = self.weight.new_zeros(hidden, width)
+            only[range(count), range(start, start + count)] = 1
+            columns.append((self.called(only, *given) - self.called(torch.zeros_like(only), *given))[:, :count])
+        return torch.cat(columns, -1)
+
+    def called(self, last: Tensor, *given: Any) -> Tensor:
+        """What the module gives when each expert's last weights are `last` `[hidden, width]`."""
+        weights = (last.T if self.turned else last).expand(self.weight.shape[0], -1, -1)
+        return torch.func.functional_call(_Bare(self.projection), {f"module.{self.last}": weights}, given)
+
+    def watch(self, watcher: Watcher) -> Handles:
+        """Call `watcher` with the activations `[batch, positions, neurons]` at every forward pass; what it returns, if
+        anything, takes their place."""
+        return self._start(self.point.register_forward_hook(lambda _, __, seen: watcher(seen)))
+
+    def add(self, units: Sequence[int], changes: Tensor) -> Handles:
+        """Add `changes` float32 `[units, hidden]` to the units' writes by a hook, in float32."""
+        self.added.append((list(units), changes))
+        return self._start(_Entry(self.added))
+
+    def _start(self, handle: Any) -> Handles:
+        handles, rows = self._rows()
+        entry = object()
+        self.running.append(entry)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+            return self._run((*args, *kwargs.values()), out, rows) if self.running[0] is entry else None
+
+        handles.append(handle)
+        handles.append(_Entry(self.running))
+        handles.append(self.projection.register_forward_hook(hook, with_kwargs=True))
+        return handles
+
+    def _run(self, given: tuple[Any, ...], out: Tensor, rows: list[int]) -> Tensor | None:
+        """All that watches and adds at one forward pass."""
+        before = self.activations(*given)
+        seen = before.unflatten(0, rows)
+        after = self.point(seen)
+        if after is seen and not self.added and not after.requires_grad:
+            return None
+        after = after.flatten(0, 1)
+        used = ((before != 0) | (after != 0)).any(0).nonzero()[:, 0].tolist()
+        writes = self.write(used)
+        old, new = before[:, used].float() @ writes, after[:, used].float() @ writes
+        for units, changes in self.added:
+            new = new + after[:, units].float() @ changes.to(out.device, torch.float32)
+        # Where each expert's rows are given apart they are summed later, so that any expert's may carry the change.
+        flat = out.detach().flatten(0, -2).float()
+        flat = torch.cat([flat[: len(old)] - old.detach() + new, flat[len(old) :]])
+        return flat.reshape(out.shape).to(out.dtype)
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Any:
+        """What the module gives."""
+        return self.module.forward(*given)
+
+
+class _Entry:
+    """Takes the newest entry out of a list."""
+
+    def __init__(self, entries: list[Any]):
+        self.entries, self.entry = entries, entries[-1]
+
+    def remove(self) -> None:
+        """Take it out."""
+        self.entries[:] = [each for each in self.entries if each is not self.entry]
+
+
+@dataclass(frozen=True)
+class Mixture(FFN):
+    """Several FFNs of one layer side by side, such as a shared one and routed experts: their neurons one after another.
+
+    projection: the smallest module around all of them."""
+
+    parts: tuple[FFN, ...] = ()
+
+    plain = False
+
+    @property
+    def neurons(self) -> int:
+        """Of all parts."""
+        return sum(part.neurons for part in self.parts)
+
+    def within(self, units: Sequence[int]) -> list[tuple[FFN, list[int], list[int]]]:
+        """For each part that some units lie in: the part, their places in `units`, and their numbers in the part."""
+        found, start = [], 0
+        for part in self.parts:
+            places = [place for place, unit in enumerate(units) if start <= unit < start + part.neurons]
+            found.append((part, places, [units[place] - start for place in places]))
+            start += part.neurons
+        return [each for each in found if each[1]]
+
+    def write(self, units: Sequence[int]) -> Tensor:
+        """The writes of some neurons, float32 `[units, hidden]`."""
+        found = self.within(units)
+        rows = torch.cat([part.write(own) for part, _, own in found])
+        order = torch.tensor([place for _, places, _ in found for place in places], device=rows.device)
+        return torch.empty_like(rows).index_copy(0, order, rows)
+
+    def read(self, directions: Tensor) -> Tensor:
+        """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`."""
+        return torch.cat([part.read(directions) for part in self.parts], -1)
+
+    def watch(self, watcher: Watcher) -> Handles:
+        """Call `watcher` with the activations `[batch, positions, neurons]` at every forward pass; what it returns, if
+        anything, takes their place: all parts are then run once more, because one may have run before another was seen."""
+        seen: dict[int, Tensor] = {}
+        given: dict[int, Tensor] = {}
+        cache: dict[str, Any] = {}
+
+        def part(place: int, activations: Tensor) -> Tensor | None:
+            seen[place] = activations
+            return given.get(place)
+
+        def start(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.clear()
+            cache.clear()
+            # Where the parts stand right in the layer, attention runs again with them and must not be cached twice.
+            cache.update({name: copy.deepcopy(value) for name, value in kwargs.items() if name == "past_key_values"})
+
+        def end(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Any:
+            changed = watcher(torch.cat([seen[place] for place in range(len(self.parts))], -1))
+            if changed is None:
+                return None
+            given.update(enumerate(changed.split([part.neurons for part in self.parts], -1)))
+            return block.forward(*args, **{**kwargs, **cache})
+
+        handles = Handles(self.projection.register_forward_pre_hook(start, with_kwargs=True))
+        for place, each in enumerate(self.parts):
+            handles.append(each.watch(partial(part, place)))
+        handles.append(self.projection.register_forward_hook(end, with_kwargs=True))
+        return handles
+
+    def add(self, units: Sequence[int], changes: Tensor) -> Handles:
+        """Add `changes` float32 `[units, hidden]` to the units' writes by a hook, in float32."""
+        return Handles(*[part.add(own, changes[places]) for part, places, own in self.within(units)])
+
+
 class NoFFN(FFN):
     """A layer without an FFN, or whose FFN has no neurons that can be named: it counts as a layer of no neurons."""
 
-    def __init__(self, layer: nn.Module, like: nn.Linear):
-        super().__init__(layer, like)
+    def __init__(self, layer: nn.Module, hidden: int):
+        super().__init__(layer, nn.Linear(0, hidden, bias=False))
 
     neurons = 0
     plain = False
 
     def write(self, units: Sequence[int]) -> Tensor:
         """Nothing, `[0, hidden]`."""
-        return self.projection.weight.new_empty(0, self.projection.weight.shape[0], dtype=torch.float32)
+        return torch.empty(0, self.projection.out_features)
 
     def read(self, directions: Tensor) -> Tensor:
         """Nothing, `[n, 0]`."""
@@ -197,6 +406,30 @@ class Anatomy:
             out[[place for place, _ in places]] = self.ffns[layer].write([unit for _, unit in places]).to(out.device)
         return out
 
+    def place(self, neuron: Neuron) -> tuple[int, int | None, int]:
+        """Layer, expert and unit in the expert of a neuron; expert None where it belongs to no routed expert. Raises MmnError for
+        a neuron that is not there."""
+        self.check([neuron])
+        unit = neuron.unit
+        for part in parts(self.ffns[neuron.layer]):
+            if unit < part.neurons:
+                return (neuron.layer, *divmod(unit, part.width)) if isinstance(part, Experts) else (neuron.layer, None, unit)
+            unit -= part.neurons
+        raise AssertionError
+
+    def neuron(self, layer: int, unit: int, expert: int | None = None) -> Neuron:
+        """The neuron at a place, as `place` gives it. Raises MmnError where there is none."""
+        self.check([Neuron(layer, 0)])
+        start = 0
+        for part in parts(self.ffns[layer]):
+            if expert is None and not isinstance(part, Experts) and 0 <= unit < part.neurons:
+                return Neuron(layer, start + unit)
+            if expert is not None and isinstance(part, Experts) and 0 <= unit < part.width and 0 <= expert < len(part.weight):
+                return Neuron(layer, start + expert * part.width + unit)
+            start += part.neurons
+        where = f"unit {unit}" if expert is None else f"unit {unit} of expert {expert}"
+        raise MmnError(f"There is no {where} in layer {layer}: `mmn anatomy` prints how many there are.")
+
     def check(self, neurons: Sequence[Neuron]) -> None:
         """Raises MmnError if one of the neurons is not in this model."""
         sizes = self.neurons
@@ -208,6 +441,11 @@ class Anatomy:
                 widths = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
                 has = f"{len(sizes)} layers of {widths} neurons, counted from L0.0"
                 raise MmnError(f"There is no neuron {Neuron(layer, unit)} in this model: it has {has}.")
+
+
+def parts(ffn: FFN) -> tuple[FFN, ...]:
+    """The FFNs side by side that make up a layer's, itself where it is one."""
+    return ffn.parts if isinstance(ffn, Mixture) else (ffn,)
 
 
 def by_layer(neurons: Sequence[Neuron]) -> dict[int, list[tuple[int, int]]]:
@@ -247,6 +485,7 @@ class _Probe:
         self.inputs: dict[nn.Module, Tensor] = {}
         self.leaves: dict[nn.Module, Tensor] = {}
         self.outputs: dict[nn.Module, Tensor] = {}
+        self.calls: dict[nn.Module, tuple[tuple[Any, ...], Tensor]] = {}  # of modules that may be routed experts
         self.order: list[nn.Module] = []
         self.decoder = _decoder(model)
         handles = []
@@ -257,6 +496,8 @@ class _Probe:
                 handles.append(module.register_forward_hook(self._cut))
             elif module in elements or not any(True for _ in module.children()):
                 handles.append(module.register_forward_hook(self._keep))
+            if fused(module):
+                handles.append(module.register_forward_hook(self._call, with_kwargs=True))
         try:
             self._run(model)
         finally:
@@ -280,6 +521,11 @@ class _Probe:
             self.order.append(module)
             self.outputs[module] = out
 
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        given = (*args, *kwargs.values())
+        if isinstance(out, Tensor) and given and all(isinstance(each, Tensor) for each in given):
+            self.calls[module] = tuple(each.detach() for each in given), out.detach()
+
     def _run(self, model: Any) -> None:
         table = model.get_input_embeddings().weight
         ids = (torch.arange(WORDS) * 7 + 11).remainder(table.shape[0])[None].to(table.device)
@@ -289,7 +535,7 @@ class _Probe:
             for given in ({"input_ids": ids}, {"inputs_embeds": torch.nn.functional.embedding(ids, table)}):
                 if module is None:
                     continue
-                for kept in (self.inputs, self.leaves, self.outputs, self.order):
+                for kept in (self.inputs, self.leaves, self.outputs, self.calls, self.order):
                     kept.clear()
                 try:
                     with torch.enable_grad():
@@ -366,10 +612,10 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
 def _ffns(probe: _Probe, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
     """The decoder's list of layers and each layer's FFN."""
     best: nn.ModuleList | None = None
-    found: dict[nn.Module, nn.Linear] = {}
+    found: dict[nn.Module, FFN] = {}
     tried = []
     for stack in probe.stacks:
-        chosen = {layer: widest for layer in stack if (widest := _widest(probe, layer, hidden)) is not None}
+        chosen = {layer: ffn for layer in stack if (ffn := _ffn(probe, layer, hidden)) is not None}
         if any(layer in probe.outputs for layer in stack):
             tried.append(f"{probe.names[stack]} ({len(chosen)} of {len(stack)} layers)")
         if len(chosen) > len(found):
@@ -378,25 +624,63 @@ def _ffns(probe: _Probe, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
         looked = "; ".join(tried) or "no list of layers that reads words"
         raise MmnError(f"No decoder layers with an FFN that writes to width {hidden} found; looked at: {looked}.")
     # A layer that words alone do not run, such as one that reads the picture by cross-attention, is built as its neighbours are.
-    layer, projection = next(iter(found.items()))
-    path = probe.names[projection][len(probe.names[layer]) + 1 :]
+    layer, known = next(iter(found.items()))
+    path = probe.names[known.projection][len(probe.names[layer]) + 1 :]
     ffns: list[FFN] = []
     for layer in best:
-        linear = found.get(layer)
-        if linear is None and layer not in probe.outputs:
-            inside = dict(layer.named_modules())
-            linear = inside.get(path)
-        if linear is None:
-            ffns.append(NoFFN(layer, projection))
+        twin = dict(layer.named_modules()).get(path) if layer not in probe.outputs and type(known) is FFN else None
+        if layer in found:
+            ffns.append(found[layer])
+        elif twin is not None:
+            ffns.append(FFN(layer, twin, None, known.flat))
         else:
-            flat = linear in probe.inputs and probe.inputs[linear].ndim == 2
-            ffns.append(FFN(layer, linear, _gate(probe, layer, linear), flat))
+            ffns.append(NoFFN(layer, hidden))
     return best, ffns
 
 
-def _widest(probe: _Probe, layer: nn.Module, hidden: int) -> nn.Linear | None:
+def _ffn(probe: _Probe, layer: nn.Module, hidden: int) -> FFN | None:
+    """The FFN of a layer: its widest last map, its routed experts, or both."""
     if layer not in probe.outputs:
         return None
+    found: list[FFN] = []
+    if (linear := _widest(probe, layer, hidden)) is not None:
+        found.append(FFN(layer, linear, _gate(probe, layer, linear), probe.inputs[linear].ndim == 2))
+    for module in layer.modules():
+        if module in probe.calls and (experts := _experts(layer, module, *probe.calls[module])) is not None:
+            found.append(experts)
+    if len(found) < 2:
+        return found[0] if found else None
+    block = [m for m in layer.modules() if all(part.projection in set(m.modules()) for part in found)][-1]
+    return Mixture(layer, block, parts=tuple(found))
+
+
+def fused(module: nn.Module) -> bool:
+    """Whether a module has weights of its own that could be those of several experts in one tensor."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return not isinstance(module, convolutions) and any(p.ndim > 2 for p in module.parameters(recurse=False))
+
+
+@torch.no_grad()
+def _experts(layer: nn.Module, module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Experts | None:
+    """The experts that a module is, if the sum of some neurons' writes is what it gave."""
+    hidden = out.shape[-1]
+    for name, weight in module.named_parameters(recurse=False):
+        for turned in (False, True):
+            if weight.ndim != 3 or weight.shape[2 if turned else 1] != hidden:
+                continue
+            found = Experts(layer, module, last=name, turned=turned)
+            try:
+                seen, target = found.activations(*given).float(), (out - found.called(0 * found.weight[0], *given)).float()
+            except Exception:  # it is called in another way, or these are not its last weights
+                continue
+            used = (seen != 0).any(0).nonzero()[:, 0].tolist()
+            target = target.flatten(0, -2).unflatten(0, (-1, len(seen))).sum(0)
+            if (seen[:, used] @ found.write(used) - target).norm() < 0.02 * target.norm():
+                return found
+    return None
+
+
+def _widest(probe: _Probe, layer: nn.Module, hidden: int) -> nn.Linear | None:
     maps = [m for m in layer.modules() if m in probe.leaves and m in probe.inputs and probe.leaves[m].shape[-1] == hidden]
     good = [m for m in maps if probe.reaches(probe.outputs[layer], probe.leaves[m]) and probe.own_position(m)]
     return max(good, key=lambda m: probe.inputs[m].shape[-1], default=None)  # type: ignore[return-value]
@@ -428,23 +712,45 @@ def image_grid(count: int) -> tuple[int, int]:
 def describe(model: Any, anatomy: Anatomy) -> str:
     """The anatomy as a readable tree, with what is weak about it."""
     names = {module: name for name, module in model.named_modules()}
-    first = next(ffn for ffn in anatomy.ffns if ffn.neurons)
-    sizes = anatomy.neurons
-    widths = str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index, ffn in enumerate(anatomy.ffns):
+        start = len(names[ffn.layer]) + 1
+        kinds.setdefault(tuple(_kind(part, {m: name[start:] for m, name in names.items()}) for part in parts(ffn)), []).append(
+            index
+        )
     tied = anatomy.unembedding.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    lines = [
-        f"{type(model).__name__}: {anatomy.total:,} neurons in {len(sizes)} layers",
-        f"  decoder       {names[anatomy.decoder]}",
-        f"  layers        {names[anatomy.layers[0]]} ... {names[anatomy.layers[-1]]}",
-        f"    neurons     {widths} a layer, the inputs of {names[first.projection]}"
-        + (", which adds a bias" if first.projection.bias is not None else ""),
-        f"    activation  {names[first.gate] if first.gate is not None else 'no module of its own'}",
-        f"  final norm    {names[anatomy.final_norm] if anatomy.final_norm is not None else 'none'}",
-        f"  unembedding   {names[anatomy.unembedding]}, {anatomy.unembedding.out_features:,} words"
-        + (", tied to the embedding" if tied else ""),
-        f"  image token   {anatomy.image_token if anatomy.image_token is not None else 'none'}",
-    ]
+    rows = [("decoder", names[anatomy.decoder] or "the model itself")]
+    rows.append(("layers", f"{names[anatomy.layers[0]]} ... {names[anatomy.layers[-1]]}"))
+    for kind, indices in kinds.items():
+        rows += [(f"  {_ranges(indices) if not place else ''}", line) for place, line in enumerate(kind)]
+    rows.append(("final norm", names[anatomy.final_norm] if anatomy.final_norm is not None else "none"))
+    words = f"{names[anatomy.unembedding]}, {anatomy.unembedding.out_features:,} words" + (
+        ", tied to the embedding" if tied else ""
+    )
+    rows.append(("unembedding", words))
+    rows.append(("image token", str(anatomy.image_token) if anatomy.image_token is not None else "none"))
+    lines = [f"{type(model).__name__}: {anatomy.total:,} neurons in {len(anatomy.layers)} layers"]
+    lines += [f"  {name:<14}{line}" for name, line in rows]
     return "\n".join(lines + [f"  warning: {warning}" for warning in warnings(anatomy)])
+
+
+def _kind(part: FFN, names: dict[nn.Module, str]) -> str:
+    """One line about one FFN of a layer."""
+    if isinstance(part, NoFFN):
+        return "no neurons"
+    if isinstance(part, Experts):
+        each = f"{len(part.weight)} experts of {part.width:,}"
+        return f"{part.neurons:,} neurons, {each}: the inputs of {names[part.projection]}.{part.last} times routing weights"
+    bias = ", which adds a bias" if part.projection.bias is not None else ""
+    gate = f"; activation {names[part.gate]}" if part.gate is not None else "; activation no module of its own"
+    return f"{part.neurons:,} neurons, the inputs of {names[part.projection]}{bias}{gate}"
+
+
+def _ranges(indices: list[int]) -> str:
+    """Numbers in order, runs as first-last."""
+    starts = [i for i in indices if i - 1 not in indices]
+    ends = [i for i in indices if i + 1 not in indices]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def warnings(anatomy: Anatomy) -> list[str]:
@@ -452,7 +758,7 @@ def warnings(anatomy: Anatomy) -> list[str]:
     found = []
     if bare := [i for i, ffn in enumerate(anatomy.ffns) if not ffn.neurons]:
         found.append(f"{len(bare)} layers have no FFN of a single linear map, so none of their neurons is named: {bare}.")
-    if crowded := [i for i, layer in enumerate(anatomy.layers) if fused_experts(layer)]:
+    if crowded := overlooked(anatomy):
         found.append(
             f"{len(crowded)} layers have routed experts in fused weights, whose units are not among the neurons: {crowded}."
         )
@@ -463,10 +769,14 @@ def warnings(anatomy: Anatomy) -> list[str]:
     return found
 
 
-def fused_experts(layer: nn.Module) -> list[nn.Module]:
-    """The modules of a layer that keep the weights of several experts in one tensor."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [m for m in layer.modules() if not isinstance(m, convolutions) and any(p.ndim > 2 for p in m.parameters(recurse=False))]
+def overlooked(anatomy: Anatomy) -> list[int]:
+    """Layers with weights that look like routed experts' and are not among the neurons."""
+    found = []
+    for index, (layer, ffn) in enumerate(zip(anatomy.layers, anatomy.ffns, strict=True)):
+        known = [part.projection for part in parts(ffn)]
+        if any(fused(module) and module not in known for module in layer.modules()):
+            found.append(index)
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

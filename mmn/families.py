@@ -11,8 +11,10 @@ import argparse
 import inspect
 import itertools
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
 
-from mmn.anatomy import Anatomy, Neuron, NoFFN, find, fused_experts, is_linear
+from mmn.anatomy import FFN, Anatomy, Experts, Mixture, Neuron, find, is_linear, overlooked, parts
 from mmn.errors import MmnError
 from mmn.vlm import quiet
 
@@ -255,8 +257,6 @@ def check(family: str) -> Row:
         failed = [name for name, held in row.checks.items() if not held]
         row.conforms = not failed
         row.reason = f"fails: {', '.join(failed)}" if failed else ""
-        if failed == ["experts"]:
-            row.reason = "routed experts in fused weights: their units are not among the neurons yet"
     except MmnError as error:
         row.reason = _line(error)
     except Exception as error:  # a check that cannot be run is one that does not hold
@@ -270,18 +270,27 @@ def _check(row: Row) -> None:
     anatomy = find(model)
     row.neurons = anatomy.total
     inputs = with_picture(model)
-    row.checks["experts"] = not any(fused_experts(layer) for layer in anatomy.layers)
+    row.checks["experts"] = not overlooked(anatomy)
     row.checks["ffn"] = reconstructs(model, anatomy, inputs)
     row.checks["sum"] = adds_up(model, anatomy, inputs)
     row.checks["zero"] = zeroes(model, anatomy, inputs)
     row.checks["undo"] = undoes(model, anatomy, inputs)
     row.image_tokens, row.checks["picture"] = sees(model, anatomy, inputs)
     row.checks["batch"] = batches(model, anatomy, inputs)
-    row.checks["bf16"] = bool(logits(model.to(torch.bfloat16), {k: _half(v) for k, v in inputs.items()}).isfinite().all())
+    row.checks["bf16"] = bool(logits(halved(model), {k: _half(v) for k, v in inputs.items()}).isfinite().all())
 
 
 def _half(value: Tensor) -> Tensor:
     return value.bfloat16() if value.is_floating_point() else value
+
+
+def halved(model: Any) -> Any:
+    """The model in bfloat16 as `from_pretrained` would load it: what the family keeps in float32 stays so."""
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept):
+            value.data = _half(value.data)
+    return model
 
 
 @torch.no_grad()
@@ -302,23 +311,47 @@ def activations(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list
     return seen
 
 
-def reconstructs(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
-    """The sum of the neurons' writes, by `read` and `write`, is what the projection gives, its bias apart."""
-    given: dict[nn.Module, Tensor] = {}
-    whole = [ffn for ffn in anatomy.ffns if not isinstance(ffn, NoFFN)]
-    handles = [ffn.projection.register_forward_hook(lambda module, _, out: given.__setitem__(module, out.clone())) for ffn in whole]
+def sides(anatomy: Anatomy) -> list[FFN]:
+    """The FFNs that have neurons, those side by side in a layer apart."""
+    return [part for ffn in anatomy.ffns if ffn.neurons for part in parts(ffn)]
+
+
+@contextmanager
+def rewritten(ffn: FFN, units: Sequence[int], changes: Tensor) -> Iterator[None]:
+    """With `changes` `[units, hidden]` added to the writes of some neurons in the weights themselves."""
+    kept = {name: value.clone() for name, value in ffn.projection.state_dict().items()}
+    every = [(ffn, range(len(units)), units)]
+    for part, places, own in ffn.within(units) if isinstance(ffn, Mixture) else every:
+        index, more = torch.tensor(own), changes[list(places)].to(changes.dtype)
+        if isinstance(part, Experts):
+            part.weight[index // part.width, :, index % part.width] += more
+        else:
+            part.columns[:, index] += more.T
     try:
-        seen = activations(model, anatomy, inputs)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        ffn.projection.load_state_dict(kept)
+
+
+def reconstructs(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
+    """The sum of the neurons' writes, by `read` and `write`, is what each FFN's last weights give: its output less what it gives
+    when they are zero."""
     token = anatomy.words([25])
     held = []
-    for ffn, a in zip(anatomy.ffns, seen, strict=True):
-        if ffn in whole:
-            out = given[ffn.projection] - (ffn.projection.bias if ffn.projection.bias is not None else 0)
-            held.append(close(a @ ffn.write(range(ffn.neurons)), out.reshape(*a.shape[:2], -1)))
-            held.append(close((a * ffn.read(token)[0]).sum(-1), out.reshape(*a.shape[:2], -1) @ token[0]))
+    for part in sides(anatomy):
+        seen: list[Tensor] = []
+        given: list[Tensor] = []
+        watch = part.watch(lambda a, seen=seen: seen.append(a.flatten(0, -2)))  # type: ignore[misc]
+        keep = part.projection.register_forward_hook(lambda _, __, out, given=given: given.append(out.flatten(0, -2)))
+        logits(model, inputs)
+        every = list(range(part.neurons))
+        with rewritten(part, every, -part.write(every)):
+            logits(model, inputs)
+        watch.remove()
+        keep.remove()
+        whole = (given[0] - given[-1]).unflatten(0, (-1, len(seen[0]))).sum(0)  # experts given apart are added up later
+        held.append(close(seen[0] @ part.write(every), whole))
+        held.append(close((seen[0] * part.read(token)[0]).sum(-1), whole @ token[0]))
     return bool(held) and all(held)
 
 
@@ -327,7 +360,7 @@ def zeroes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     plain = logits(model, inputs)
     held = []
     for ffn in anatomy.ffns:
-        if isinstance(ffn, NoFFN):
+        if not ffn.neurons:
             continue
         units = list(range(0, ffn.neurons, 3))
 
@@ -339,10 +372,8 @@ def zeroes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
         handle = ffn.watch(change)
         hooked = logits(model, inputs)
         handle.remove()
-        kept = ffn.columns.clone()
-        ffn.columns[:, units] = 0
-        weighed = logits(model, inputs)
-        ffn.columns[:] = kept
+        with rewritten(ffn, units, -ffn.write(units)):
+            weighed = logits(model, inputs)
         held.append(close(hooked, weighed) and not torch.equal(hooked, plain))
     return bool(held) and all(held) and torch.equal(logits(model, inputs), plain)
 
@@ -355,10 +386,14 @@ def undoes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     vlm = VLM.__new__(VLM)
     vlm.model, vlm.anatomy, vlm.name, vlm.hash = model, anatomy, "", ""
     layer = next(i for i, ffn in enumerate(anatomy.ffns) if ffn.neurons)
+    ffn = anatomy.ffns[layer]
+    # Of routed experts, neurons that fire for these words.
+    fires = activations(model, anatomy, inputs)[layer].flatten(0, -2).abs().sum(0)
+    units = sorted(fires.topk(3).indices.tolist())
     changes = torch.randn(3, anatomy.unembedding.in_features, generator=torch.Generator().manual_seed(0))
-    edit = Edit([Neuron(layer, unit) for unit in (0, 5, 7)], changes, "", "a", "b")
+    edit = Edit([Neuron(layer, unit) for unit in units], changes, "", "a", "b")
     before, plain = {k: v.clone() for k, v in model.state_dict().items()}, logits(model, inputs)
-    with edit.applied(vlm, "weights"):
+    with edit.applied(vlm, "weights") if ffn.plain else rewritten(ffn, units, changes):
         weighed = logits(model, inputs)
     with edit.applied(vlm, "hook"):
         hooked = logits(model, inputs)
@@ -440,14 +475,16 @@ def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     frozen; what reaches the unembedding is then a sum over the maps' outputs, the embeddings and the norms' biases, each times
     its gradient. A map's output is its neurons' writes and its bias."""
     leaves: dict[nn.Module, Tensor] = {}
-    received: dict[nn.Module, Tensor] = {}
+    received: dict[nn.Module, tuple[Tensor, ...]] = {}
     constants: list[Tensor] = []
     hidden = anatomy.unembedding.in_features
 
-    def cut(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return None
-        received[module] = args[0] if args else out
+        if out.shape[-1] != hidden:  # no writer to the stream but, where it meets one, a gate
+            return out.detach()
+        received[module] = (*args, *kwargs.values())
         leaves[module] = out.detach().requires_grad_()
         return leaves[module].clone(memory_format=torch.contiguous_format)
 
@@ -467,7 +504,7 @@ def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     for module in model.modules():
         shapes = [tuple(p.shape) for p in module.parameters()]
         if is_linear(module) or isinstance(module, nn.Embedding) or any(len(shape) == 3 for _, shape in _own(module)):
-            handles.append(module.register_forward_hook(cut))
+            handles.append(module.register_forward_hook(cut, with_kwargs=True))
         elif shapes and all(shape == (hidden,) for shape in shapes) and not any(True for _ in module.children()):
             handles.append(module.register_forward_hook(_once(freeze)))
     target: list[Tensor] = []
@@ -488,20 +525,24 @@ def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
         for handle in handles:
             handle.remove()
     logit = target[0][0, -1].float() @ anatomy.unembedding.weight[25].float()
-    parts = [*leaves.values(), *constants, entry[0]]
-    gradients = dict(zip(map(id, parts), torch.autograd.grad(logit, parts, allow_unused=True), strict=True))
+    sources = [*leaves.values(), *constants, entry[0]]
+    gradients = dict(zip(map(id, sources), torch.autograd.grad(logit, sources, allow_unused=True), strict=True))
     total = torch.zeros(())
-    own = {ffn.projection: ffn for ffn in anatomy.ffns if not isinstance(ffn, NoFFN)}
-    for part in parts:
+    own = {part.projection: part for part in sides(anatomy)}
+    for part in sources:
         gradient = gradients[id(part)]
         if gradient is None:
             continue
         module = next((m for m, leaf in leaves.items() if leaf is part), None)
-        if module in own:
-            a = received[module].detach().flatten(0, -2)
-            writes = own[module].write(range(own[module].neurons))
-            bias = module.bias if module.bias is not None else torch.zeros(hidden)
-            total = total + (a * (gradient.flatten(0, -2) @ writes.T)).sum() + (gradient * bias).sum()
+        if module is not None and module in own:
+            ffn, given = own[module], [each.detach() for each in received[module]]
+            writes = ffn.write(range(ffn.neurons))
+            gradient = gradient.flatten(0, -2)
+            if isinstance(ffn, Experts):
+                a, bias = ffn.activations(*given), ffn.called(0 * ffn.weight[0], *given)
+            else:
+                a, bias = given[0].flatten(0, -2), ffn.projection.bias if ffn.projection.bias is not None else torch.zeros(hidden)
+            total = total + (a * (gradient[: len(a)] @ writes.T)).sum() + (gradient * bias).sum()
         else:
             total = total + (gradient * part.detach()).sum()
     return bool((total - logit).abs() <= 1e-3 * max(1.0, float(logit.detach().abs())))

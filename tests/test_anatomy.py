@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     Starcoder2Config,
 )
 
 import mmn
-from mmn.anatomy import Neuron, by_layer, find, image_grid
+from mmn.anatomy import Mixture, Neuron, by_layer, describe, find, image_grid
 
 
 def llava_on(text: PreTrainedConfig) -> Any:
@@ -123,6 +126,140 @@ def test_finding_leaves_nothing_behind() -> None:
 def test_half_precision_is_found_too() -> None:
     for kind in (torch.bfloat16, torch.float16):
         assert find(tiny.llava_parts()[0].to(kind)).neurons == [24] * 3
+
+
+# -------------------------------------------------------------------------------------------------------------- routed experts
+
+MIXED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "intermediate_size": 20}
+MIXED |= {"moe_intermediate_size": 24, "num_key_value_heads": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+@pytest.fixture(params=["routed alone", "a shared one beside"], scope="module")
+def mixed(request: pytest.FixtureRequest) -> mmn.VLM:
+    """A LLaVA on a mixture of 4 experts of 24 units (more than the 16 of the stream), 2 of them chosen."""
+    words = SMALL | {"vocab_size": len(tiny.tokenizer()), "max_position_embeddings": 256}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if request.param == "routed alone":
+        text: PreTrainedConfig = Qwen3MoeConfig(**words, **MIXED, **ids, head_dim=8)
+    else:
+        text = Qwen2MoeConfig(**words, **MIXED, **ids, shared_expert_intermediate_size=12)
+    return mmn.VLM(llava_on(text), tiny.llava_parts()[1], "mixed", lexicon=tiny.every_letter)
+
+
+def brute_force(block: nn.Module, rows: Tensor) -> Tensor:
+    """Activations `[rows, 4 * 24]` of a block's routed experts, one row and one expert at a time."""
+    routed = block.gate(rows)
+    chosen, weights = (next(x for x in routed if x.is_floating_point() == kind and x.shape[-1] == 2) for kind in (False, True))
+    experts, out = block.experts, torch.zeros(len(rows), 4, 24)
+    for row in range(len(rows)):
+        for expert, weight in zip(chosen[row].tolist(), weights[row], strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ rows[row]).chunk(2)
+            out[row, expert] = torch.nn.functional.silu(gate) * up * weight
+    return out.flatten(1)
+
+
+def test_experts_are_found_and_their_units_are_neurons(mixed: mmn.VLM) -> None:
+    anatomy = mixed.anatomy
+    ids = torch.arange(10, 18).reshape(2, 4)
+    for ffn, layer in zip(anatomy.ffns, anatomy.layers, strict=True):
+        shared = 12 if isinstance(ffn, Mixture) else 0
+        assert ffn.neurons == shared + 4 * 24 and not ffn.plain
+        rows: list[Tensor] = []
+        seen: list[Tensor] = []
+        handles = [layer.mlp.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0])), ffn.watch(seen.append)]
+        with torch.no_grad():
+            mixed.model(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(seen[0][..., shared:].flatten(0, 1), brute_force(layer.mlp, rows[0].flatten(0, 1)))
+        down = layer.mlp.experts.down_proj
+        torch.testing.assert_close(ffn.write([shared + 2 * 24 + 5, shared + 3]), torch.stack([down[2, :, 5], down[0, :, 3]]))
+        directions = torch.randn(3, 16)
+        torch.testing.assert_close(ffn.read(directions), directions @ ffn.write(range(ffn.neurons)).T)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in mixed.model.modules())
+
+
+def test_places_of_experts_units(mixed: mmn.VLM) -> None:
+    anatomy = mixed.anatomy
+    shared = 12 if isinstance(anatomy.ffns[1], Mixture) else 0
+    neuron = anatomy.neuron(1, 5, expert=2)
+    assert neuron == Neuron(1, shared + 2 * 24 + 5) and anatomy.place(neuron) == (1, 2, 5)
+    if shared:
+        assert anatomy.place(Neuron(0, 11)) == (0, None, 11) and anatomy.neuron(0, 11) == Neuron(0, 11)
+    for place in ({"unit": 24, "expert": 0}, {"unit": 0, "expert": 4}, {"unit": 12}):
+        with pytest.raises(mmn.MmnError, match="There is no unit"):
+            anatomy.neuron(0, **place)
+    assert "4 experts of 24" in describe(mixed.model, anatomy) and "warning" not in describe(mixed.model, anatomy)
+
+
+def test_experts_are_scored_zeroed_and_edited(mixed: mmn.VLM) -> None:
+    """The scores of a layer add up to what it writes for the word; a zeroed expert is one with no weights; several zeroings at once
+    do as one; an edit by hook is one in the weights."""
+    anatomy, model = mixed.anatomy, mixed.model
+    trace = mixed.caption(tiny.pictures(1)[0], max_new_tokens=3)
+    noun = mmn.Noun("a", "a", int(trace.tokens[1]), 1, (0, 1))
+    scores = mmn.contributions(mixed, trace, noun)
+    assert [len(s) for s in scores] == anatomy.neurons
+    ranking = mmn.rank(mixed, trace, noun, k=6)
+    assert ranking.scores == sorted(torch.cat(scores).tolist(), reverse=True)[:6]
+
+    inputs = mixed.inputs([trace.image], [trace.prompt], [trace.prefix])
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    plain = logits()
+    neurons = [anatomy.neuron(0, unit, expert=1) for unit in range(24)] + [anatomy.neuron(1, unit, expert=3) for unit in range(24)]
+    with mmn.zero(mixed, neurons):
+        zeroed = logits()
+    with mmn.zero(mixed, neurons[:30]), mmn.zero(mixed, neurons[10:]):
+        twice = logits()
+    kept = copy.deepcopy(model.state_dict())
+    for layer, expert in ((0, 1), (1, 3)):
+        anatomy.layers[layer].mlp.experts.down_proj.data[expert] = 0
+    torch.testing.assert_close(zeroed, logits(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twice, zeroed, rtol=1e-4, atol=1e-5)
+    model.load_state_dict(kept)
+    assert torch.equal(logits(), plain) and not torch.allclose(zeroed, plain)
+
+    changes = torch.randn(len(neurons), 16)
+    edit = mmn.Edit(neurons, changes, mixed.hash, "a", "b")
+    with edit.applied(mixed):
+        hooked = logits()
+    for neuron, change in zip(neurons, changes, strict=True):
+        layer, expert, unit = anatomy.place(neuron)
+        anatomy.layers[layer].mlp.experts.down_proj.data[expert, :, unit] += change
+    torch.testing.assert_close(hooked, logits(), rtol=1e-4, atol=1e-5)
+    model.load_state_dict(kept)
+    with pytest.raises(mmn.MmnError, match="how='hook'"), edit.applied(mixed, "weights"):
+        pass
+    assert torch.equal(logits(), plain)
+
+
+def test_gradients_of_experts(mixed: mmn.VLM) -> None:
+    """`gradient` of the last layer's neurons, all else linear but the norm, is the change of the logit as a small share of each
+    activation is taken away."""
+    anatomy = mixed.anatomy
+    trace = mixed.caption(tiny.pictures(1)[0], max_new_tokens=1)
+    noun = mmn.Noun("a", "a", int(trace.tokens[0]), 0, (0, 1))
+    found = mmn.contributions(mixed, trace, noun, score="gradient")
+    inputs = mixed.replay(trace, 0)
+    for layer in range(2):
+        unit = int(trace.activations[layer][0].abs().argmax())
+        values = []
+        for factor in (0.99, 1.01):
+            handle = anatomy.ffns[layer].watch(partial(scaled_last, unit, factor))
+            with torch.no_grad():
+                values.append(float(mixed.model(**inputs).logits[0, -1, noun.token].double()))
+            handle.remove()
+        assert float(found[layer][unit]) == pytest.approx((values[1] - values[0]) / 0.02, rel=0.03, abs=1e-4)
+
+
+def scaled_last(unit: int, factor: float, activations: Tensor) -> Tensor:
+    activations = activations.clone()
+    activations[:, -1, unit] *= factor
+    return activations
 
 
 # -------------------------------------------------------------------------------------------------------------- what is missing

@@ -70,4 +70,4 @@ def test_anatomy_as_a_tree() -> None:
     text = describe(model, find(model))
     assert "144 neurons in 3 layers" in text and "fc2, which adds a bias" in text
     model = families.build("qwen3_5_moe")
-    assert "routed experts in fused weights" in describe(model, find(model))
+    assert "4 experts of 16: the inputs of mlp.experts.down_proj times routing weights" in describe(model, find(model))
