@@ -646,17 +646,24 @@ def selectivity(means: np.ndarray) -> np.ndarray:
     return np.divide(best - rest, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def same_kind(
-    sets: Mapping[str, set[int]], kinds: Mapping[str, str], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Do concepts that share neurons belong together? Of all shared neurons (a pair of concepts counts once for each), the share
-    whose two concepts are of one kind; the same with kinds dealt out at random; and the permutation p. nan where none is shared."""
+class Kinship(NamedTuple):
+    """Of all neurons that two concepts share, the share whose concepts are of one kind; the same with the kinds dealt out at random
+    (mean, 2.5th and 97.5th percentile of the deals); and the share of the deals, the true one counted in, that do as well."""
+
+    share: float
+    chance: Interval
+    p: float
+
+
+def kinship(sets: Mapping[str, set[int]], kinds: Mapping[str, str], draws: int = 2000, seed: int = 0) -> Kinship:
+    """Do concepts that share neurons belong together? `sets`: each concept's neurons; `kinds`: its category.
+
+    A neuron counts once for each pair that shares it. Raises MmnError if no two concepts share any."""
     names = list(sets)
-    shared = np.array([[len(sets[a] & sets[b]) for b in names] for a in names], float)
-    shared = np.triu(shared, 1)
-    labels = np.unique([kinds[name] for name in names], return_inverse=True)[1]
+    shared = np.triu(np.array([[len(sets[a] & sets[b]) for b in names] for a in names], float), 1)
     if not shared.sum():
-        return float("nan"), float("nan"), float("nan")
+        raise MmnError("No two of these concepts share a neuron: take more neurons or more concepts.")
+    labels = np.unique([kinds[name] for name in names], return_inverse=True)[1]
 
     def share(of: np.ndarray) -> float:
         return float(shared[of[:, None] == of[None]].sum() / shared.sum())
@@ -664,7 +671,8 @@ def same_kind(
     rng = np.random.default_rng(seed)
     random = np.array([share(rng.permutation(labels)) for _ in range(draws)])
     observed = share(labels)
-    return observed, float(random.mean()), float((1 + (random >= observed).sum()) / (1 + draws))
+    chance = Interval(float(random.mean()), *(float(v) for v in np.percentile(random, [2.5, 97.5])))
+    return Kinship(observed, chance, float((1 + (random >= observed).sum()) / (1 + draws)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- statistics

@@ -346,14 +346,19 @@ def activity(some: list[Case]) -> torch.Tensor:
     return torch.stack([torch.cat(properties.at_noun(case)) for case in some]).mean(0)
 
 
+def towards(vlm: VLM, token: int) -> torch.Tensor:
+    """Every write's inner product with a token's row of the unembedding, all layers one after the other, float32 `[neurons]`."""
+    word = vlm.anatomy.words([token])
+    return torch.cat([ffn.read(word).cpu()[0] for ffn in vlm.anatomy.ffns])
+
+
 @functools.lru_cache(maxsize=2)
 def _sets(vlm_hash: str, vlm: VLM) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
     sets = {}
     for concept in CONCEPTS:
         some = portraits(vlm, concept, 3 * 10**7)
         order = of_concept(some, 100)
-        reads = torch.cat([ffn.read(vlm.anatomy.words([some[0].noun.token])).cpu()[0] for ffn in vlm.anatomy.ffns])
-        sets[concept] = order, reads[order[:TOP].copy()]
+        sets[concept] = order, towards(vlm, some[0].noun.token)[order[:TOP].copy()]
     return sets
 
 
@@ -364,14 +369,14 @@ def _sets(vlm_hash: str, vlm: VLM) -> dict[str, tuple[np.ndarray, torch.Tensor]]
         "concept": "whose pictures are shown: one object alone, 4 pictures that the neurons were not found on",
         "neurons": "whose top 10 neurons are asked (found on 4 pictures of that concept)",
         "score": "mean over the pictures of their summed contribution to their own concept's word, logits",
-        "overlap": "share of their top 10 that both concepts have",
+        "overlap": "share of these neurons that are among the top 10 found on the pictures shown",
     },
 )
 def specificity(vlm: VLM, key: str) -> list[Row]:
     """One column of the concept x concept matrices: one concept's pictures, every concept's neurons."""
     sets = _sets(vlm.hash, vlm)
-    fires = activity(portraits(vlm, key, 4 * 10**7))
-    mine = set(sets[key][0][:TOP].tolist())
+    shown = portraits(vlm, key, 4 * 10**7)
+    fires, mine = activity(shown), set(of_concept(shown, TOP).tolist())
     return [
         {
             "concept": key,
@@ -385,7 +390,8 @@ def specificity(vlm: VLM, key: str) -> list[Row]:
 
 def in_words(vlm: VLM, concept: str) -> Case | None:
     """The concept's word produced without any picture, as the answer to `What is a CONCEPT?`: None if the answer does not say it."""
-    trace = vlm.caption(None, f"What is {scenes.CONCEPTS[concept].a}?", "", 12)
+    known = scenes.CONCEPTS.get(concept)
+    trace = vlm.caption(None, f"What is {known.a if known else f'a {concept}'}?", "", 12)
     noun = next((noun for noun in trace.nouns if noun.lemma == concept), None)
     if noun is None:
         return None

@@ -365,10 +365,12 @@ def test_selectivity_is_one_for_a_neuron_of_one_concept_and_nought_for_one_of_al
 def test_shared_neurons_of_related_concepts_are_told_from_chance():
     kinds = {name: "ab"[n % 2] for n, name in enumerate("pqrstuvwxy")}
     related = {name: {ord(kind), n} for n, (name, kind) in enumerate(kinds.items())}
-    observed, chance, p = properties.same_kind(related, kinds)
-    assert observed == 1 and chance == pytest.approx(4 / 9, abs=0.03) and p < 0.05
-    none = properties.same_kind({name: {n} for n, name in enumerate(kinds)}, kinds)
-    assert np.isnan(none[0])
+    found = properties.kinship(related, kinds)
+    assert found.share == 1 and found.chance.value == pytest.approx(4 / 9, abs=0.03) and found.p < 0.05
+    mixed = {name: {0, n} for n, name in enumerate(kinds)}  # all share one neuron
+    assert properties.kinship(mixed, kinds).share == pytest.approx(20 / 45) and properties.kinship(mixed, kinds).p > 0.3
+    with pytest.raises(MmnError, match="No two"):
+        properties.kinship({name: {n} for n, name in enumerate(kinds)}, kinds)
 
 
 # ------------------------------------------------------------------------------------------------------------------ statistics
