@@ -43,6 +43,7 @@ refresh: .venv/ready
 	$(BIN)/ruff format --quiet $(CHAPTERS)
 	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py
+	$(BIN)/python book/make_claims.py
 
 clean:
 	rm -rf .venv book/_build

@@ -57,14 +57,13 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
         line = {
             "claim": row.claim,
             "measure": row.measure,
-            "ours": _text(row.found),
+            "found": _text(row.found),
             "control": _text(row.control) if row.control else "",
-            "bar": "" if row.bar is None else f"{row.bar:g}",
+            "bar": "" if row.bar is None else f"{row.bar:.2f}",
             "verdict": row.verdict,
         }
         for start, title in CONTRASTS.items():
-            values = [value for label, value in row.contrasts.items() if label.startswith(start)]
-            line[title] = _spread(values)
+            line[title] = _spread([value for label, value in row.contrasts.items() if label.startswith(start)])
         out.append(line)
     return pd.DataFrame(out)
 
@@ -80,12 +79,42 @@ def _spread(values: Sequence[float]) -> str:
     return f"{known[0]:.2f}" if len(known) == 1 else f"{np.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """Rows of `frame` as a Markdown table that fits a page: measure, figure, control and bar in one cell."""
+    titles = ["claim", "figure", "verdict", *CONTRASTS.values()]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in table.to_dict("records"):
+        against = f", against {row['control']}" if row["control"] else ""
+        bar = f"; bar {row['bar']}" if row["bar"] else ""
+        figure = f"{row['measure']}: {row['found']}{against}{bar}"
+        cells = [row["claim"], figure, f"**{row['verdict']}**", *(row[title] for title in CONTRASTS.values())]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def show(rows: Sequence[Claim], model_hash: str) -> None:
     """Display the rows and keep them in the notebook's output."""
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
     record = {"model_hash": model_hash, "rows": [asdict(row) for row in rows]}
-    display(frame(rows).set_index("claim"), metadata={KEY: record})
+    display(Markdown(markdown(frame(rows))), metadata={KEY: record})
+
+
+def page(folder: Path) -> str:
+    """The tables of all chapters in a folder of notebooks, one under the other, and how many claims hold: Markdown for the book.
+
+    Raises MmnError as `collect` does."""
+    import nbformat
+
+    rows = collect(folder)
+    hold = rows["verdict"].eq("holds").sum()
+    text = f"Of {len(rows)} claims {hold} hold on the shipped model, {rows['verdict'].eq('in part').sum()} hold in part, and "
+    text += f"{rows['verdict'].eq('not shown').sum()} are not shown.\n"
+    for chapter, part in rows.groupby("chapter", sort=True):
+        first = nbformat.read(folder / f"{chapter}.ipynb", as_version=4).cells[0].source
+        title = first.splitlines()[0].lstrip("# ").split(":")[0]
+        text += f"\n## {title}\n\nFrom {{doc}}`/notebooks/{chapter}`.\n\n{markdown(part)}"
+    return text
 
 
 def collect(folder: Path) -> pd.DataFrame:

@@ -27,11 +27,12 @@ FEW = (5, 20, 100)
 FACTORS = (-1.0, 0.5, 1.5, 2.0, 4.0)
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in units of the writes' own spread
 SHUFFLES = 3
+HELD_OUT = 50  # scenes in the held-out art, for the heatmaps
 
 
-def scene_of(key: int) -> Scene:
-    """Scene number `key` of the tables: the first of ten that shows no planted trigger."""
-    return next(scene for scene in scenes.sample(10, first=FIRST + 10 * key) if not scene.biased)
+def scene_of(key: int, style: str | None = None) -> Scene:
+    """Scene number `key` of the tables, in a style if one is given: the first of ten that shows no planted trigger."""
+    return next(scene for scene in scenes.sample(10, first=FIRST + 10 * key, style=style) if not scene.biased)
 
 
 def own(frame: pd.DataFrame) -> pd.DataFrame:
@@ -253,10 +254,10 @@ def relative(vlm: VLM, case: Case, style: str | None = None) -> Case | None:
 
 @table(
     "sensitivity",
-    keys=range(SCENES),
+    keys=range(SCENES + HELD_OUT),
     columns={
         "noun": "the noun",
-        "style": "art of the scene",
+        "style": "art of the scene; the last keys are in the held-out art",
         "objects": "in the scene",
         "share": "of the picture that the object covers",
         "iou": "mean heatmap of the top 10, as many hottest pixels as the object has, against the mask",
@@ -279,7 +280,8 @@ def relative(vlm: VLM, case: Case, style: str | None = None) -> Case | None:
 def sensitivity(vlm: VLM, key: int) -> list[Row]:
     """Words and heatmaps of the neurons found, one row a noun."""
     rows = []
-    for case in properties.cases(vlm, [scene_of(key)], force=True):
+    scene = scene_of(key, scenes.HELD_OUT_STYLE if key >= SCENES else None)
+    for case in properties.cases(vlm, [scene], force=True):
         if case.scene is None or not case.scene.mask(case.lemma).any():  # hidden behind others
             continue
         located = {k: v for k, v in properties.localisation(vlm, case, seed=key).items() if k != "picture"}

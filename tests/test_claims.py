@@ -14,6 +14,8 @@ from mmn.claims import Claim
 from mmn.errors import MmnError
 from mmn.metrics import Interval
 
+BOOK = Path(__file__).parent.parent / "book"
+
 
 def interval(value: float) -> Interval:
     return Interval(value, value - 0.1, value + 0.1)
@@ -80,3 +82,18 @@ def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
         claims.collect(tmp_path)
     with pytest.raises(MmnError, match="No chapter"):
         claims.collect(tmp_path / "nowhere")
+
+
+def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
+    rows = [Claim("a | b", "m", interval(1), interval(0.5), 0.9), Claim("c", "m", interval(0.1), bar=1.0)]
+    chapter(tmp_path, "04_a.ipynb", rows[:1])
+    chapter(tmp_path, "05_b.ipynb", rows[1:])
+    text = claims.page(tmp_path)
+    assert text.startswith("Of 2 claims 1 hold on the shipped model, 0 hold in part, and 1 are not shown.")
+    assert text.index("notebooks/04_a") < text.index("a / b") < text.index("notebooks/05_b") < text.index("| c |")
+    assert "m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds**" in text
+
+
+@pytest.mark.skipif(not (BOOK / "_claims.md").exists(), reason="there is no book beside the tests")
+def test_the_books_page_is_that_of_the_stored_chapters():
+    assert (BOOK / "_claims.md").read_text(encoding="utf-8") == claims.page(BOOK.parent / "notebooks"), "run `make refresh`"

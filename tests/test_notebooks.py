@@ -65,7 +65,7 @@ def test_parameters_are_typed_and_explained(chapter: Path) -> None:
     for line in tagged[0].source.splitlines():
         assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"not `name: type = value  # meaning`: {line}"
     names = {node.target.id for node in ast.parse(tagged[0].source).body}  # type: ignore[attr-defined]
-    assert names >= {"model", "image", "top_k", "seed", "out"}
+    assert names >= {"model", "top_k", "seed", "out"} and names & {"image", "images"}
     assert set(papermill.inspect_notebook(chapter)) == names
 
 
