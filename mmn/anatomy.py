@@ -459,6 +459,8 @@ def by_layer(neurons: Sequence[Neuron]) -> dict[int, list[tuple[int, int]]]:
 # ------------------------------------------------------------------------------------------------------------------- finding
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def find(model: Any) -> Anatomy:
     """The anatomy of `model`, from what happens when it reads a few words.
 

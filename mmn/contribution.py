@@ -164,6 +164,7 @@ def gradient_image(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor
     ]
 
 
+@torch.inference_mode(False)
 def _activations_and_gradients(vlm: VLM, trace: Trace, noun: Noun) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """For each layer the activations and the gradient of the noun's logit by them, `[1, positions, neurons]`, and where the
     picture is."""

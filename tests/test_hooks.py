@@ -143,3 +143,23 @@ def test_torchs_handles_may_be_removed_twice() -> None:
     handle.remove()
     handle.remove()
     assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_gradients_are_found_whatever_mode_torch_is_in(mode: Callable[[], AbstractContextManager[Any]]) -> None:
+    """A reader may have switched gradients off, and a Ctrl-C inside torch's own no_grad leaves them off."""
+    plain = tiny.vlm()
+    trace = plain.caption(tiny.pictures(1)[0], max_new_tokens=3)
+    noun = mmn.Noun("x", "x", 7, 2, (0, 1))
+    parts = tiny.llava_parts()
+    with mode():
+        vlm = mmn.VLM(*parts)
+        assert vlm.anatomy.neurons == plain.anatomy.neurons
+        for score in ("direct", "norm_aware", "gradient"):
+            for one, other in zip(
+                mmn.contributions(vlm, trace, noun, score), mmn.contributions(plain, trace, noun, score), strict=True
+            ):
+                assert torch.equal(one, other)
+    inside = mmn.contributions(plain, trace, noun, "gradient")
+    with mode():
+        assert all(map(torch.equal, inside, mmn.contributions(plain, trace, noun, "gradient")))
