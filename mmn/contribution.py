@@ -78,18 +78,22 @@ def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
 def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """The direct score through the final norm, its scale frozen as it was at the step: `u_t` becomes `gain * u_t / rms`
     [ours]."""
-    directions = vlm.anatomy.words([noun.token for noun in nouns])
-    if vlm.anatomy.final_norm is None:
-        return _projected(vlm, trace, nouns, directions)
     assert trace.stream is not None
-    stream = trace.stream[[noun.step for noun in nouns]].to(directions.device)
+    words = vlm.anatomy.words([noun.token for noun in nouns])
+    return _projected(vlm, trace, nouns, through_norm(vlm, words, trace.stream[[noun.step for noun in nouns]]))
+
+
+def through_norm(vlm: VLM, directions: Tensor, stream: Tensor) -> Tensor:
+    """Directions of the unembedding's input `[n, hidden]` as directions of the final norm's input, its scale frozen as it is at
+    `stream` `[n, hidden]`: adding x to the stream moves the logits by `x . direction`, to first order but for the scale's own change."""
+    if vlm.anatomy.final_norm is None:
+        return directions
+    stream = stream.to(directions.device)
     gain, centre = _norm_gain(vlm)
     scaled = gain * (stream - stream.mean(-1, keepdim=True) if centre else stream)
     normed = _norm(vlm, stream) - _norm(vlm, torch.zeros_like(stream))
     directions = directions * gain * (normed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True))
-    if centre:
-        directions = directions - directions.mean(-1, keepdim=True)
-    return _projected(vlm, trace, nouns, directions)
+    return directions - directions.mean(-1, keepdim=True) if centre else directions
 
 
 @torch.no_grad()

@@ -7,16 +7,17 @@ ICLR 2025): the model is frozen, and Adam finds row changes `D` (from zero) of k
 
 until every `p(y_j)` is at least 0.9, or for 50 steps. Here y are the tokens that differ between the model's own caption and the
 same caption with the source noun (and its article) replaced, read with the caption so far given; what is to stay are the other
-tokens of that caption and the captions of pictures to keep. Sums over pictures are means [ours: FiNE edits text]."""
+tokens of that caption and the captions of pictures to keep. Sums over pictures are means [ours: FiNE edits text].
+
+`Edit.closed_form` [ours] needs no gradient: with the final norm frozen as it was, a neuron's change moves the logits of the step it is
+active at linearly, so the least change that moves them as wanted is a ridge regression on the neurons' activations."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import os
-import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -32,14 +34,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmn.anatomy import Neuron, by_layer
+from mmn.contribution import contributions, through_norm
 from mmn.errors import MmnError
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
-from mmn.scenes import CONCEPTS
+from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, PROMPT, VLM
 
 FORMAT = "mmn-edit-1"
+LOST = 0.1  # share of a change that rounding may take before the user is told
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +90,10 @@ class Edit:
         """With the changes in the model, for as long as the block lasts.
 
         `weights` writes them into the weights and puts the originals back afterwards, bit for bit, also after an exception or
-        Ctrl-C; `hook` adds `a_i * change_i` in float32 to the FFN's output and leaves the weights alone; `auto` takes weights
-        where they are plain numbers, and the hook for quantised and offloaded ones. Edits may be nested and ended in any order.
-        Raises MmnError on another model than the edit's, and for `weights` where they cannot be changed."""
+        Ctrl-C, and warns where rounding to the weights' type takes more than a tenth of the change; `hook` adds `a_i * change_i` in
+        float32 to the FFN's output and leaves the weights alone; `auto` takes weights where they are plain numbers that can hold
+        the change, else the hook. Edits may be nested and ended in any order. Raises MmnError on another model than the edit's,
+        and for `weights` where they cannot be changed."""
         if vlm.hash != self.model_hash:
             raise MmnError(f"This edit belongs to the model {self.model_hash}, not to {vlm.name} ({vlm.hash}): fit it again there.")
         vlm.anatomy.check(self.neurons)
@@ -97,7 +102,10 @@ class Edit:
         plain = all(vlm.anatomy.ffns[layer].plain for layer in by_layer(self.neurons))
         if how == "weights" and not plain:
             raise MmnError("The weights of this model are quantised or offloaded and cannot be changed in place: use how='hook'.")
-        if how == "hook" or not plain:
+        lost = self.lost(vlm) if plain and how != "hook" else 0.0
+        if how == "weights" and lost > LOST:
+            warnings.warn(f"Rounding to the weights' type takes {lost:.0%} of this edit: apply it by how='hook'.", stacklevel=4)
+        if how == "hook" or not plain or (how == "auto" and lost > LOST):
             with added(vlm, self.neurons, self.changes):
                 yield vlm
             return
@@ -113,6 +121,15 @@ class Edit:
                 active.drop(vlm, entry)
         finally:  # once more: Ctrl-C may have come just before it could be held back
             active.drop(vlm, entry)
+
+    def lost(self, vlm: VLM) -> float:
+        """The share of the change (of its Frobenius norm) that rounding takes when it is written into the weights: 0 in float32 but
+        for its last bits, much where a small change meets bfloat16."""
+        writes = torch.cat([vlm.anatomy.writes([neuron]) for neuron in self.neurons])
+        types = [vlm.anatomy.ffns[neuron.layer].columns.dtype for neuron in self.neurons]
+        changes = self.changes.to(writes.device)
+        rounded = [(write + change).to(kind).float() for write, change, kind in zip(writes, changes, types, strict=True)]
+        return float((torch.stack(rounded) - writes - changes).norm() / changes.norm().clamp(min=1e-30))
 
     def apply(self, vlm: VLM, how: Literal["auto", "weights", "hook"] = "auto") -> None:
         """`applied` without a block: the changes stay until `undo`. Raises MmnError as `applied` does."""
@@ -177,186 +194,185 @@ class Edit:
         neurons: Sequence[Neuron],
         *,
         keep: Sequence[Image.Image] = (),
-        prompt: str = PROMPT,
+        texts: Sequence[str] = (),
+        prompt: str | Sequence[str] = PROMPT,
         prefix: str = PREFIX,
         max_new_tokens: int = 50,
         steps: int = 50,
         rate: float = 1e-2,
         enough: float = 0.9,
         weights: tuple[float, float, float] = (0.1, 1.0, 10.0),
+        protect: float | None = None,
+        bound: float | None = None,
+        basis: dict[int, Tensor] | None = None,
+        batch_size: int = 32,
         progress: bool = True,
     ) -> Edit:
         """Find changes of `neurons` after which the pictures' captions say `target` where they said `source`.
 
-        Pictures whose caption does not say `source` are left out; `keep` are pictures whose captions shall stay. rate: Adam's
-        learning rate; enough: the probability at which to stop; weights: of the changes' norm, of what is to stay, and of
-        saying the target twice. A fit is deterministic. Raises MmnError if no caption says the source, there are no neurons,
-        `steps` or `rate` make no sense, or the model is edited."""
-        if getattr(vlm, "_active_edits", None) and _active(vlm).edits:
-            raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
-        neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
-        if not neurons:
-            raise MmnError("There are no neurons to edit: give at least one, such as ranking.neurons.")
-        vlm.anatomy.check(neurons)
+        Pictures whose caption does not say `source` are left out; `keep` are pictures whose captions shall stay, `texts` questions
+        without a picture whose answers shall. prompt: one, or several that the pictures take in turn. rate: Adam's learning rate;
+        enough: the probability at which to stop (above 1: never before `steps`); weights: of the changes' norm, of what is to stay,
+        and of saying the target twice.
+
+        protect [ours]: look for the changes where they matter least to what is kept. With C the second moments of the neurons'
+        activations there (every position of `keep` and `texts`; one matrix a layer), the changes are `(C / c + protect)^-1/2 D`, c
+        the mean of C's diagonal, and Adam works on D: small values come close to MEMIT's ridge and AlphaEdit's null space. bound:
+        the largest norm of the changes. basis: for each layer float32 `[neurons, directions]`, the combinations of the neurons
+        that may be changed.
+
+        A fit is deterministic. Raises MmnError if no caption says the source, there are no neurons, `steps` or `rate` make no sense,
+        `protect` has nothing to keep, or the model is edited."""
+        neurons = _checked(vlm, neurons, source, target)
         if not isinstance(steps, int) or steps < 0:
             raise MmnError(f"steps is a whole number of at least 0, not {steps!r}.")
         if not 0 < rate < float("inf"):
             raise MmnError(f"rate is Adam's learning rate, a number above 0, not {rate!r}.")
-        if not target.strip() or target.strip().lower() == source.strip().lower():
-            raise MmnError(f"The target {target!r} must be a word other than the source {source!r}.")
+        if protect is not None and not (protect > 0 and (keep or texts)):
+            raise MmnError("protect is a number above 0 and needs pictures or texts to keep.")
         started = time.perf_counter()
-        given = [images] if isinstance(images, Image.Image) else list(images)
-        traces = vlm.caption(given, prompt, prefix, max_new_tokens, record=False)
-        said = [trace for trace in traces if _says(trace, source)]
-        if not said:
-            texts = "; ".join(sorted({repr(trace.text) for trace in traces})[:3])
-            raise MmnError(f"No caption of these {len(given)} pictures says {source!r} (they say {texts}): choose other pictures.")
-        kept = vlm.caption(list(keep), prompt, prefix, max_new_tokens, record=False) if keep else []
-        rows = [_Row.of(vlm, trace, replaced(trace, source, target)) for trace in said]
-        rows += [_Row.of(vlm, trace, trace.text) for trace in kept]
-        changes = torch.zeros(len(neurons), vlm.hidden, device=vlm.anatomy.device, requires_grad=True)
-        batch = _Batch(vlm, rows)
-        with torch.no_grad():
-            before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
-        adam = torch.optim.Adam([changes], lr=rate)
+        said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=False)
+        batches = lesson(vlm, said, kept, source, target, batch_size)
+        groups = by_layer(neurons)
+        with torch.no_grad(), Moments(vlm, groups) as moments:
+            for batch in batches:
+                moments.weigh(batch)
+                batch.before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
+        if basis is None:
+            basis = {layer: torch.eye(len(group)) for layer, group in groups.items()}
+            basis = {layer: moments.whitened(layer, protect) for layer in groups} if protect is not None else basis
+        basis = {layer: each.to(vlm.anatomy.device, torch.float32) for layer, each in basis.items()}
+        free = {layer: torch.zeros(each.shape[1], vlm.hidden, device=each.device) for layer, each in basis.items()}
+        adam = torch.optim.Adam([each.requires_grad_() for each in free.values()], lr=rate)
+        order = torch.tensor([place for group in groups.values() for place, _ in group]).argsort().to(vlm.anatomy.device)
+        counts = Counts.of(batches)
         curve: list[float] = []
-        report: dict[str, Any] = {
-            "neurons": len(neurons),
-            "pictures": len(said),
-            "kept": len(kept),
-            "prompt": prompt,
+        report: dict[str, Any] = {"way": "gradient", "neurons": len(neurons), "pictures": len(said), "kept": len(kept)}
+        report |= {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "prefix": prefix,
+            "protect": protect,
+            "rate": rate,
         }
-        report |= {"rate": rate, "enough": enough, "weights": list(weights), "steps": 0, "losses": curve}
+        report |= {"enough": enough, "weights": list(weights), "bound": bound, "steps": 0, "losses": curve}
         bar = tqdm(range(steps + 1), desc=f"{source} -> {target}", leave=False, disable=not progress)
         for step in bar:
-            with torch.enable_grad(), added(vlm, neurons, changes):
-                after = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
-                loss, worst = _loss(rows, before, after, changes, weights)
-            curve.append(float(loss.detach()))
-            report |= {"steps": step, "probability": worst}
-            bar.set_postfix(p=f"{worst:.2f}", refresh=False)
-            if worst >= enough or step == steps:
+            adam.zero_grad()
+            with torch.enable_grad():
+                changes = torch.cat([basis[layer] @ free[layer] for layer in groups])[order]
+                moved = changes.detach().requires_grad_()
+                slope = torch.zeros_like(changes)
+                total, lowest = 0.0, 1.0
+                for batch in batches:
+                    with added(vlm, neurons, moved):
+                        loss, probability = loss_of(
+                            batch, [logits.log_softmax(-1) for logits in batch.logits(vlm)], counts, weights
+                        )
+                    slope += torch.autograd.grad(loss, moved)[0]
+                    total, lowest = total + float(loss.detach()), min(lowest, probability)
+                size = weights[0] * changes.norm()
+            curve.append(total + float(size.detach()))
+            report |= {"steps": step, "probability": lowest}
+            bar.set_postfix(p=f"{lowest:.2f}", refresh=False)
+            if lowest >= enough or step == steps:
                 break
-            changes.grad = torch.autograd.grad(loss, changes)[0]
+            with torch.enable_grad():
+                ((changes * slope).sum() + size).backward()
             adam.step()
-        report |= {"norm": float(changes.detach().norm()), "seconds": round(time.perf_counter() - started, 2)}
-        return cls(neurons, changes.detach().cpu().clone(), vlm.hash, source, target, report)
-
-
-# ----------------------------------------------------------------------------------------------------------------- captions
-
-
-def _says(trace: Trace, noun: str) -> bool:
-    return any(noun.strip().lower() in (each.lemma, each.text.lower()) for each in trace.nouns)
-
-
-def replaced(trace: Trace, source: str, target: str) -> str:
-    """A trace's text with every mention of the noun `source` replaced by `target`, in its number, and an article a or an before
-    it made to fit. Raises MmnError if the text does not say the source."""
-    lemma = trace.noun(source).lemma
-    text = trace.text
-    spans = [span for _, found, span in trace.lexicon(text) if found == lemma and span[0] >= len(trace.prefix)]
-    for first, last in reversed(spans):
-        plural = text[first:last].lower() != lemma and text[first:last].lower() != source.strip().lower()
-        word = plural_of(target) if plural else target
-        head = text[:first]
-        if not plural and (article := re.search(r"\b(an?)(\s+)$", head, re.IGNORECASE)):
-            fitting = "an" if takes_an(word) else "a"
-            fitting = fitting.capitalize() if article.group(1)[0].isupper() else fitting
-            head = head[: article.start()] + fitting + article.group(2)
-        text = head + word + text[last:]
-    return text
-
-
-def plural_of(word: str) -> str:
-    """The plural: the synthetic world's own, else by rule."""
-    if word in CONCEPTS:
-        return CONCEPTS[word].plural
-    if re.search(r"[^aeiou]y$", word):
-        return word[:-1] + "ies"
-    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
-
-
-def takes_an(word: str) -> bool:
-    """Whether the article before a word is `an`: the synthetic world's own, else before a vowel letter."""
-    return CONCEPTS[word].article == "an" if word in CONCEPTS else word[:1].lower() in "aeiou"
-
-
-# --------------------------------------------------------------------------------------------------------------------- loss
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One caption to teach or to keep. image, text: what is read. answer: the answer's token ids after the prompt, `end`
-    included if the caption ended. new: places in `answer` that the model shall learn. after: for each place right behind a run
-    of new tokens, that run's tokens, which shall not come again (unless one does by right). stay: the other places."""
-
-    trace: Trace
-    text: str
-    answer: list[int]
-    new: list[int]
-    after: dict[int, list[int]]
-    stay: list[int]
+            if bound is not None:
+                with torch.no_grad():
+                    norm = torch.cat([basis[layer] @ free[layer] for layer in groups]).norm()
+                    for each in free.values():
+                        each.mul_((bound / norm).clamp(max=1))
+        changes = changes.detach().cpu().clone()
+        report |= {"norm": float(changes.norm()), "seconds": round(time.perf_counter() - started, 2)}
+        return cls(neurons, changes, vlm.hash, source, target, report)
 
     @classmethod
-    def of(cls, vlm: VLM, trace: Trace, text: str) -> _Row:
-        prompt = vlm.inputs([trace.image], [trace.prompt], [trace.prefix])["input_ids"][0].tolist()
-        whole = vlm.inputs([trace.image], [trace.prompt], [text])["input_ids"][0].tolist()
-        start = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
-        own, answer = prompt[start:] + trace.tokens.tolist(), whole[start:]
-        new: list[int] = []
-        after: dict[int, list[int]] = {}
-        if text != trace.text:
-            for kind, _, _, first, last in difflib.SequenceMatcher(a=own, b=answer, autojunk=False).get_opcodes():
-                if kind in ("replace", "insert"):
-                    new += range(first, last)
-                    after[last] = [token for token in answer[first:last] if token != _at(answer, last)]
-            if not new:
-                raise MmnError(f"To the tokenizer {text!r} only leaves words of {trace.text!r} out: choose another target.")
-        # The place behind the last token counts too: there the caption ends, or would go on.
-        return cls(trace, text, answer, new, after, [place for place in range(len(answer) + 1) if place not in new])
+    @torch.no_grad()
+    def closed_form(
+        cls,
+        vlm: VLM,
+        images: Image.Image | Sequence[Image.Image],
+        source: str,
+        target: str,
+        neurons: Sequence[Neuron],
+        *,
+        keep: Sequence[Image.Image] = (),
+        texts: Sequence[str] = (),
+        prompt: str | Sequence[str] = PROMPT,
+        prefix: str = PREFIX,
+        max_new_tokens: int = 50,
+        margin: float = 3.0,
+        ridge: float = 1e-3,
+    ) -> Edit:
+        """The least changes of `neurons` that put the target's logit `margin` above the source's where a caption said the source,
+        and move it nowhere else: a ridge regression, without a backward pass [ours].
+
+        One row of the regression is one step s of a caption, with the neurons' activations a(s); `a(s) . C` is how far the logits
+        shall move along `u_target - u_source`: their distance plus the margin where the source was said, 0 at every other step. The
+        changes are `C` times that direction as the final norm lets it through. ridge: relative to the mean square of the
+        activations where the source was said. Where the article or the plural changes too, each pair of tokens has a C of its own.
+        Exact where nothing follows but the read-out: what later layers make of the change is left out, as are second tokens of the
+        target, which no recorded step has seen. Raises MmnError as `fit` does."""
+        neurons = _checked(vlm, neurons, source, target)
+        started = time.perf_counter()
+        said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=True)
+        traces = [*said, *kept]
+        first = dict(zip(map(id, traces), np.cumsum([0, *(len(trace.tokens) for trace in traces)]).tolist(), strict=False))
+        swaps: dict[
+            tuple[int, int], list[int]
+        ] = {}  # (token, token in its place) to the steps where it changes, counted over all captions
+        for trace in said:
+            row = Row.of(vlm, trace, replaced(trace, source, target))
+            for step, new in row.swaps:
+                swaps.setdefault((int(trace.tokens[step]), new), []).append(first[id(trace)] + step)
+        activations = torch.stack([torch.cat([t.activations[layer][:, unit] for t in traces]) for layer, unit in neurons], -1)
+        stream = torch.cat([trace.stream for trace in traces if trace.stream is not None])
+        changes = torch.zeros(len(neurons), vlm.hidden)
+        for (old, new), steps in swaps.items():
+            words = vlm.anatomy.words([new, old])
+            along = through_norm(vlm, (words[:1] - words[1:]).expand(len(stream), -1), stream).cpu()
+            direction = along.mean(0)
+            moved = activations * (along @ direction)[:, None]  # of the logits' difference, by one unit of C
+            wanted = torch.zeros(len(stream))
+            normed = vlm.anatomy.final_norm(stream.to(words)) if vlm.anatomy.final_norm is not None else stream
+            distance = (normed.cpu().float() @ (words[1] - words[0]).cpu())[steps]
+            wanted[steps] = distance + margin
+            gram = moved.T @ moved
+            gram += ridge * float(moved[steps].square().mean()) * len(steps) * torch.eye(len(neurons))
+            changes += torch.linalg.solve(gram, moved.T @ wanted)[:, None] * direction
+        report = {"way": "closed form", "neurons": len(neurons), "pictures": len(said), "kept": len(kept), "margin": margin}
+        report |= {"ridge": ridge, "prefix": prefix, "steps": 0, "losses": [], "norm": float(changes.norm())}
+        report |= {"seconds": round(time.perf_counter() - started, 2)}
+        return cls(neurons, changes, vlm.hash, source, target, report)
 
 
-def _at(answer: list[int], place: int) -> int | None:
-    return answer[place] if place < len(answer) else None
+def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score: str = "direct") -> list[Neuron]:
+    """The k neurons with the highest mean score for a concept over the captions that say it, best first: the rows to edit.
+
+    Raises MmnError if no caption says it."""
+    said = [trace for trace in traces if says(trace, concept)]
+    if not said:
+        raise MmnError(f"None of these {len(traces)} captions says {concept!r}: choose other pictures.")
+    total = torch.stack([torch.cat(contributions(vlm, trace, concept, score)) for trace in said]).mean(0)
+    starts = torch.tensor([0, *vlm.anatomy.neurons]).cumsum(0)
+    places = total.topk(min(k, len(total))).indices
+    layers = torch.bucketize(places, starts, right=True) - 1
+    return [Neuron(*pair) for pair in zip(layers.tolist(), (places - starts[layers]).tolist(), strict=True)]
 
 
-class _Batch:
-    """All rows as one left-padded batch, so that row r's last logits are those behind its last token."""
-
-    def __init__(self, vlm: VLM, rows: list[_Row]):
-        self.rows = rows
-        traces = [row.trace for row in rows]
-        self.inputs = vlm.inputs([t.image for t in traces], [t.prompt for t in traces], [row.text for row in rows])
-        self.longest = max(len(row.answer) for row in rows) + 1
-        takes = inspect.signature(vlm.model.forward).parameters
-        self.options = {"logits_to_keep": self.longest} if "logits_to_keep" in takes else {}
-
-    def logits(self, vlm: VLM) -> list[Tensor]:
-        """For each row the logits that predict its answer's tokens and what follows, float32 `[answer + 1, vocabulary]`."""
-        out = vlm.model(**self.inputs, **self.options, use_cache=False).logits
-        return [out[index, out.shape[1] - len(row.answer) - 1 :].float() for index, row in enumerate(self.rows)]
-
-
-def _loss(
-    rows: list[_Row], before: list[Tensor], after: list[Tensor], changes: Tensor, weights: tuple[float, float, float]
-) -> tuple[Tensor, float]:
-    """The loss of the module's docstring and the smallest probability of a new token."""
-    says, again, stays, lowest = [], [], [], 1.0
-    for row, old, now in zip(rows, before, after, strict=True):
-        stays.append((old[row.stay].exp() * (old[row.stay] - now[row.stay])).sum(-1).mean())
-        if not row.new:
-            continue
-        surprise = -now[row.new, [row.answer[place] for place in row.new]]
-        says.append(surprise.max())
-        lowest = min(lowest, float((-surprise.max()).exp().detach()))
-        repeats = [(place, token) for place, tokens in row.after.items() for token in tokens]
-        if repeats:
-            places, tokens = (list(each) for each in zip(*repeats, strict=True))
-            again.append(-torch.log1p(-now[places, tokens].exp().clamp(max=1 - 1e-6)).max())
-    loss = torch.stack(says).mean() + weights[0] * changes.norm() + weights[1] * torch.stack(stays).mean()
-    return (loss + weights[2] * torch.stack(again).mean() if again else loss), lowest
+def _checked(vlm: VLM, neurons: Sequence[Neuron], source: str, target: str) -> list[Neuron]:
+    """The neurons, each once. Raises MmnError for what no fit can begin with."""
+    if getattr(vlm, "_active_edits", None) and _active(vlm).edits:
+        raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
+    neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
+    if not neurons:
+        raise MmnError("There are no neurons to edit: give at least one, such as ranking.neurons.")
+    vlm.anatomy.check(neurons)
+    if not target.strip() or target.strip().lower() == source.strip().lower():
+        raise MmnError(f"The target {target!r} must be a word other than the source {source!r}.")
+    return neurons
 
 
 # ------------------------------------------------------------------------------------------------------- weights in place

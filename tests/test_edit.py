@@ -19,7 +19,8 @@ from torch import Tensor
 
 import mmn
 from mmn import Edit, Neuron, nouns
-from mmn.edit import plural_of, replaced, takes_an
+from mmn.edit import located
+from mmn.lesson import plural_of, replaced, takes_an
 from mmn.trace import Trace
 
 
@@ -39,9 +40,10 @@ def some(vlm: mmn.VLM, seed: int, count: int = 4, size: float = 0.5) -> Edit:
     return Edit([Neuron(p // 24, p % 24) for p in picks], changes, vlm.hash, "a", "b")
 
 
-def logits(vlm: mmn.VLM) -> Tensor:
+def logits(vlm: mmn.VLM, images: list | None = None) -> Tensor:
+    images = images or tiny.pictures(1)
     with torch.no_grad():
-        return vlm.model(**vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])).logits
+        return vlm.model(**vlm.inputs(images, [mmn.PROMPT] * len(images), [mmn.PREFIX] * len(images))).logits
 
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])
@@ -357,6 +359,88 @@ def test_a_fitted_edit_swaps_one_concept_for_another(talking: mmn.VLM, tmp_path:
         assert [trace.text for trace in talking.caption(images)] == after
 
 
+def test_what_is_kept_is_protected(talking: mmn.VLM) -> None:
+    """Changes found in the null space of what is kept leave its logits alone, and teach all the same."""
+    images = tiny.pictures(3)
+    neurons = [Neuron(layer, unit) for layer in range(3) for unit in range(48)]
+    settings = {"keep": images[1:], "texts": ["What is a cat?"], "rate": 0.02, "weights": (0.0, 0.0, 0.0), "progress": False}
+    moved = {}
+    before = logits(talking, images[1:])
+    for protect in (None, 1e-4):
+        edit = Edit.fit(talking, images[:1], "cat", "dog", neurons, protect=protect, steps=25, **settings)  # type: ignore[arg-type]
+        assert edit.report["probability"] > 0.9
+        with edit.applied(talking):
+            moved[protect] = float((logits(talking, images[1:]) - before).norm())
+    assert moved[1e-4] < 0.7 * moved[None]
+
+
+def test_bound_and_basis(talking: mmn.VLM) -> None:
+    images, neurons = tiny.pictures(1), [Neuron(1, unit) for unit in range(48)]
+    edit = Edit.fit(talking, images, "cat", "dog", neurons, bound=0.3, rate=0.05, steps=8, progress=False)
+    assert edit.norm <= 0.3 + 1e-5
+    ones = torch.ones(48, 1)
+    flat = Edit.fit(talking, images, "cat", "dog", neurons, basis={1: ones}, rate=0.05, steps=8, progress=False)
+    assert flat.norm > 0 and torch.equal(flat.changes, flat.changes[:1].expand(48, -1)), "all rows change by the same vector"
+
+
+def test_batches_do_not_matter_to_a_fit(talking: mmn.VLM) -> None:
+    images, neurons = tiny.pictures(3), [Neuron(1, unit) for unit in range(20)]
+    settings = {"keep": images[2:], "texts": ["What is a cat?"], "protect": 0.1, "steps": 4, "progress": False}
+    one, many = (Edit.fit(talking, images[:2], "cat", "dog", neurons, batch_size=n, **settings) for n in (1, 8))  # type: ignore[arg-type]
+    torch.testing.assert_close(one.changes, many.changes, rtol=1e-2, atol=1e-4)
+    assert one.report["losses"] == pytest.approx(many.report["losses"], rel=1e-3)
+
+
+def test_closed_form_moves_the_logits_as_said(talking: mmn.VLM) -> None:
+    """In the last layer nothing follows but norm and read-out: with the norm frozen the margin is what was asked for."""
+    images = tiny.pictures(3)
+    trace = talking.caption(images[0])
+    neurons = located(talking, [trace], "cat", 144)[:144]
+    last = [neuron for neuron in neurons if neuron.layer == 2][:20]
+    edit = Edit.closed_form(talking, images[:1], "cat", "dog", last, margin=2.0, ridge=1e-9)
+    cat, dog = trace.noun("cat").token, talking.caption(images[2]).noun("dog").token
+    step = trace.noun("cat").step
+    assert trace.stream is not None
+    rows = talking.anatomy.words([dog, cat])
+    norm = talking.model.model.language_model.norm
+    scale = norm.weight / (trace.stream[step].square().mean() + norm.variance_epsilon).sqrt()  # frozen
+    units = [unit for _, unit in last]
+    after = trace.stream[step] + trace.activations[2][step, units] @ edit.changes
+    margin = ((after * scale) @ (rows[0] - rows[1])).item()
+    assert margin == pytest.approx(2.0, abs=0.02)
+    other = trace.stream[step - 2] + trace.activations[2][step - 2, units] @ edit.changes
+    scale = norm.weight / (trace.stream[step - 2].square().mean() + norm.variance_epsilon).sqrt()
+    shift = (((other - trace.stream[step - 2]) * scale) @ (rows[0] - rows[1])).item()
+    assert abs(shift) < 0.2, "another step hardly moves"
+    with edit.applied(talking):
+        assert talking.caption(images[0]).nouns[0].lemma == "dog"
+
+
+def test_located_is_the_mean_of_the_contributions(talking: mmn.VLM) -> None:
+    traces = talking.caption(tiny.pictures(3))
+    means = [sum(each) / 2 for each in zip(*(mmn.contributions(talking, t, "cat") for t in traces[:2]), strict=True)]
+    order = sorted(((-float(v), layer, unit) for layer, row in enumerate(means) for unit, v in enumerate(row)))
+    assert located(talking, traces, "cat", 5) == [Neuron(layer, unit) for _, layer, unit in order[:5]]
+    with pytest.raises(mmn.MmnError, match="None of these 1 captions"):
+        located(talking, traces[2:], "cat")
+
+
+def test_a_change_that_rounding_would_eat_is_hooked_or_told() -> None:
+    model, processor = tiny.llava_parts()
+    vlm = mmn.VLM(model.to(torch.bfloat16), processor, "half")
+    neurons = [Neuron(1, unit) for unit in range(4)]
+    large, small = (Edit(neurons, torch.full((4, 16), size), vlm.hash, "a", "b") for size in (1.0, 1e-4))
+    assert large.lost(vlm) < 0.01 and small.lost(vlm) > 0.5
+    before = bits(vlm)
+    with pytest.warns(UserWarning, match="Rounding"), small.applied(vlm, "weights"):
+        pass
+    with small.applied(vlm):
+        assert same(before, bits(vlm)), "auto takes the hook"
+    with large.applied(vlm):
+        assert not same(before, bits(vlm))
+    assert same(before, bits(vlm))
+
+
 def test_fit_refuses(talking: mmn.VLM) -> None:
     images, one = tiny.pictures(3), [Neuron(0, 0)]
     cases = [
@@ -366,6 +450,8 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", []), "no neurons to edit"),
         (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(5, 0)]), "no neuron L5.0"),
         (lambda: Edit.fit(talking, [], "cat", "dog", one), "no pictures"),
+        (lambda: Edit.closed_form(talking, images[2], "cat", "dog", one), "No caption of these 1 pictures says 'cat'"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, protect=0.1), "protect is a number above 0"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=-1), "steps is a whole number"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=2.5), "steps is a whole number"),  # type: ignore[arg-type]
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=0.0), "rate is Adam's"),

@@ -1,0 +1,226 @@
+"""What an edit is fitted on: captions as they shall become and captions that shall stay, as batches, and the loss over them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
+from mmn.scenes import CONCEPTS
+from mmn.trace import Trace
+from mmn.vlm import VLM
+
+
+def says(trace: Trace, noun: str) -> bool:
+    """Whether a caption says a noun, in any number."""
+    return any(noun.strip().lower() in (each.lemma, each.text.lower()) for each in trace.nouns)
+
+
+def captions(
+    vlm: VLM, images: Image.Image | Sequence[Image.Image], source: str, keep: Sequence[Image.Image], texts: Sequence[str],
+    prompt: str | Sequence[str], prefix: str, limit: int, record: bool,
+) -> tuple[list[Trace], list[Trace]]:  # fmt: skip
+    """What the model says of the pictures where it says the source, and of what is to be kept."""
+    prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
+    given = [images] if isinstance(images, Image.Image) else list(images)
+    traces = vlm.caption(given, [next(prompts) for _ in given], prefix, limit, record=record)
+    said = [trace for trace in traces if says(trace, source)]
+    if not said:
+        found = "; ".join(sorted({repr(trace.text) for trace in traces})[:3])
+        raise MmnError(f"No caption of these {len(given)} pictures says {source!r} (they say {found}): choose other pictures.")
+    kept = vlm.caption(list(keep), [next(prompts) for _ in keep], prefix, limit, record=record) if keep else []
+    kept += vlm.caption([None] * len(texts), list(texts), "", limit, record=record) if texts else []
+    return said, kept
+
+
+def replaced(trace: Trace, source: str, target: str) -> str:
+    """A trace's text with every mention of the noun `source` replaced by `target`, in its number, and an article a or an before
+    it made to fit. Raises MmnError if the text does not say the source."""
+    lemma = trace.noun(source).lemma
+    text = trace.text
+    spans = [span for _, found, span in trace.lexicon(text) if found == lemma and span[0] >= len(trace.prefix)]
+    for first, last in reversed(spans):
+        plural = text[first:last].lower() != lemma and text[first:last].lower() != source.strip().lower()
+        word = plural_of(target) if plural else target
+        head = text[:first]
+        if not plural and (article := re.search(r"\b(an?)(\s+)$", head, re.IGNORECASE)):
+            fitting = "an" if takes_an(word) else "a"
+            fitting = fitting.capitalize() if article.group(1)[0].isupper() else fitting
+            head = head[: article.start()] + fitting + article.group(2)
+        text = head + word + text[last:]
+    return text
+
+
+def plural_of(word: str) -> str:
+    """The plural: the synthetic world's own, else by rule."""
+    if word in CONCEPTS:
+        return CONCEPTS[word].plural
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
+
+
+def takes_an(word: str) -> bool:
+    """Whether the article before a word is `an`: the synthetic world's own, else before a vowel letter."""
+    return CONCEPTS[word].article == "an" if word in CONCEPTS else word[:1].lower() in "aeiou"
+
+
+# --------------------------------------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One caption to teach or to keep. text: what is read. answer: the answer's token ids after the prompt. new: places in `answer`
+    that the model shall learn. after: for each place right behind a run of new tokens, that run's tokens, which shall not come again
+    (unless one does by right). stay: the other places. swaps: steps of the trace and the tokens that come in their place."""
+
+    trace: Trace
+    text: str
+    answer: list[int]
+    new: list[int]
+    after: dict[int, list[int]]
+    stay: list[int]
+    swaps: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, vlm: VLM, trace: Trace, text: str) -> Row:
+        """The row that teaches a trace's picture the caption `text`, or keeps it if that is the trace's own. Raises MmnError where
+        nothing is to be learned, since words only go away."""
+        text = text if trace.prefix else text.lstrip()  # the template sets the space before an answer
+        prompt = vlm.inputs([trace.image], [trace.prompt], [trace.prefix])["input_ids"][0].tolist()
+        whole = vlm.inputs([trace.image], [trace.prompt], [text])["input_ids"][0].tolist()
+        start = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
+        own, answer = prompt[start:] + trace.tokens.tolist(), whole[start:]
+        new: list[int] = []
+        after: dict[int, list[int]] = {}
+        swaps: list[tuple[int, int]] = []
+        if text != trace.text:
+            for kind, begin, _, first, last in difflib.SequenceMatcher(a=own, b=answer, autojunk=False).get_opcodes():
+                if kind in ("replace", "insert"):
+                    new += range(first, last)
+                    after[last] = [token for token in answer[first:last] if token != _at(answer, last)]
+                if kind == "replace" and begin >= len(prompt) - start:
+                    swaps.append((begin - (len(prompt) - start), answer[first]))
+            if not new:
+                raise MmnError(f"To the tokenizer {text!r} only leaves words of {trace.text!r} out: choose another target.")
+        # The place behind the last token counts too: there the caption ends, or would go on.
+        stay = [place for place in range(len(answer) + 1) if place not in new]
+        return cls(trace, text, answer, new, after, stay, swaps)
+
+
+def _at(answer: list[int], place: int) -> int | None:
+    return answer[place] if place < len(answer) else None
+
+
+class Batch:
+    """Some rows as one left-padded batch, so that row r's last logits are those behind its last token."""
+
+    def __init__(self, vlm: VLM, rows: list[Row]):
+        self.rows = rows
+        traces = [row.trace for row in rows]
+        self.inputs = vlm.inputs([t.image for t in traces], [t.prompt for t in traces], [row.text for row in rows])
+        self.longest = max(len(row.answer) for row in rows) + 1
+        takes = inspect.signature(vlm.model.forward).parameters
+        self.options = {"logits_to_keep": self.longest} if "logits_to_keep" in takes else {}
+        self.before: list[Tensor] = []  # log probabilities of the unedited model
+
+    def logits(self, vlm: VLM) -> list[Tensor]:
+        """For each row the logits that predict its answer's tokens and what follows, float32 `[answer + 1, vocabulary]`."""
+        out = vlm.model(**self.inputs, **self.options, use_cache=False).logits
+        return [out[index, out.shape[1] - len(row.answer) - 1 :].float() for index, row in enumerate(self.rows)]
+
+
+def lesson(vlm: VLM, said: Sequence[Trace], kept: Sequence[Trace], source: str, target: str, batch_size: int) -> list[Batch]:
+    """Batches that teach the captions `said` with the target in the source's place, and those `kept` as they are."""
+    rows = [Row.of(vlm, trace, replaced(trace, source, target)) for trace in said]
+    rows += [Row.of(vlm, trace, trace.text) for trace in kept]
+    rows.sort(key=lambda row: (row.trace.image is None, len(row.answer)))  # of like length, with and without a picture apart
+    batches = []
+    for _, group in itertools.groupby(rows, key=lambda row: row.trace.image is None):
+        some = list(group)
+        batches += [Batch(vlm, some[start : start + batch_size]) for start in range(0, len(some), batch_size)]
+    return batches
+
+
+class Counts(NamedTuple):
+    """How many rows have each part of the loss."""
+
+    new: int
+    after: int
+    all: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> Counts:
+        """Counted over all batches."""
+        rows = [row for batch in batches for row in batch.rows]
+        return cls(sum(bool(r.new) for r in rows), sum(any(r.after.values()) for r in rows), len(rows))
+
+
+def loss_of(batch: Batch, after: list[Tensor], of: Counts, weights: tuple[float, float, float]) -> tuple[Tensor, float]:
+    """A batch's share of the module's loss, but for the changes' norm, and the smallest probability of a new token in it."""
+    loss, lowest = after[0].new_zeros(()), 1.0
+    for row, old, now in zip(batch.rows, batch.before, after, strict=True):
+        loss = loss + weights[1] * (old[row.stay].exp() * (old[row.stay] - now[row.stay])).sum(-1).mean() / of.all
+        if not row.new:
+            continue
+        surprise = -now[row.new, [row.answer[place] for place in row.new]]
+        loss = loss + surprise.max() / of.new
+        lowest = min(lowest, float((-surprise.max()).exp().detach()))
+        repeats = [(place, token) for place, tokens in row.after.items() for token in tokens]
+        if repeats:
+            places, tokens = (list(each) for each in zip(*repeats, strict=True))
+            again = -torch.log1p(-now[places, tokens].exp().clamp(max=1 - 1e-6))
+            loss = loss + weights[2] * again.max() / of.after
+    return loss, lowest
+
+
+class Moments:
+    """Second moments of some neurons' activations, for each layer `[neurons, neurons]`, summed over what is to be kept while a batch
+    passes: of a row to keep every position, of a row to teach none."""
+
+    def __init__(self, vlm: VLM, groups: dict[int, list[tuple[int, int]]]):
+        self.vlm, self.groups = vlm, groups
+        self.sums = {layer: torch.zeros(len(group), len(group)) for layer, group in groups.items()}
+        self.mask: Tensor | None = None
+
+    def __enter__(self) -> Moments:
+        def watch(layer: int) -> Removable:
+            units = [unit for _, unit in self.groups[layer]]
+
+            def add(activations: Tensor) -> None:
+                assert self.mask is not None
+                seen = activations[..., units].float()[self.mask.to(activations.device)].cpu()
+                self.sums[layer] += seen.T @ seen
+
+            return self.vlm.anatomy.ffns[layer].watch(add)
+
+        self.block = hooked(watch(layer) for layer in self.groups)
+        self.block.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.block.__exit__(*error)
+
+    def weigh(self, batch: Batch) -> None:
+        """The positions of the batch that count, bool `[rows, positions]`."""
+        ids = batch.inputs["input_ids"]
+        mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool().clone()
+        for index, row in enumerate(batch.rows):
+            mask[index] &= not row.new
+        self.mask = mask
+
+    def whitened(self, layer: int, ridge: float) -> Tensor:
+        """`(C / c + ridge)^-1/2`, c the mean of C's diagonal: changes cost the more, the more active their neurons are elsewhere."""
+        values, vectors = torch.linalg.eigh(self.sums[layer].double())
+        values = values.clamp(min=0) / values.mean().clamp(min=1e-12) + ridge
+        return (vectors * values.rsqrt() @ vectors.T).float()
