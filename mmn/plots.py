@@ -216,7 +216,7 @@ def matrix(
         raise MmnError(f"The matrix is {table.shape} and the names are {len(rows)} and {len(columns)}: give one for each side.")
     ax = _axes(ax, 6.4, 5.6)
     shown = ax.imshow(table, cmap=HEAT, aspect="auto" if table.shape[0] != table.shape[1] else "equal")
-    small = 9 if len(rows) <= 12 else 5.5
+    small = 9 if len(rows) <= 12 else 7 if len(rows) <= 30 else 5
     ax.set_xticks(range(len(columns)), [label(name) for name in columns], rotation=90, fontsize=small)
     ax.set_yticks(range(len(rows)), [label(name) for name in rows], fontsize=small)
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -400,3 +400,32 @@ def test_a_difference_is_tested_by_flipping_signs():
     assert metrics.Interval(*table.loc["same", ["difference", "low", "high"]]).low < 0
     with pytest.raises(MmnError, match="No row"):
         properties.against(pd.DataFrame(rows), "drop", found="nobody")
+
+
+# ---------------------------------------------------------------------------------------------------------------- other encoders
+
+
+def test_clip_scores_words_and_pictures_as_transformers_does(tmp_path):
+    """A CLIP of random weights, saved and loaded: cosines must be those that transformers' own CLIPModel computes."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    words = tiny.tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(words), "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config={**small, **ids}, vision_config=vision, projection_dim=8)
+    model = CLIPModel(config).eval()
+    processor = CLIPProcessor(CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False), words)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    encoder = properties.ClipEncoder(str(tmp_path))
+    texts, (image,) = ["cat", "beach"], tiny.pictures(1)
+    assert encoder.words(texts).norm(dim=-1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    given = processor(text=[f"A photo depicts {text}" for text in texts], images=image, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**given).logits_per_image[0] / model.logit_scale.exp()
+    cosines = (encoder.words(texts) @ encoder.picture(image).T)[:, 0]
+    assert torch.allclose(cosines, expected, atol=1e-5)
+    with pytest.raises(MmnError, match="no CLIP checkpoint"):
+        properties.ClipEncoder(str(tmp_path / "nowhere"))
