@@ -563,6 +563,28 @@ class ClipEncoder:
         return _unit(self.model.visual_projection(self.model.vision_model(**given).pooler_output))
 
 
+class BertEncoder:
+    """A text encoder from transformers, by name or folder, such as BERTScore uses (`roberta-large`, layer 17, is its default): words
+    are encoded together, each token in its context, without the special tokens. Raises MmnError where there is no such checkpoint."""
+
+    def __init__(self, name: str, layer: int = -1):
+        from transformers import AutoModel, AutoTokenizer
+
+        self.name, self.layer = name, layer
+        try:
+            self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            raise MmnError(f"There is no text encoder {name!r} here: give a folder, or its name while you are online.") from error
+
+    @torch.no_grad()
+    def words(self, texts: Sequence[str]) -> Tensor:
+        """One vector of length 1 a token of all texts together, float32 `[tokens, width]`."""
+        given = self.tokenizer(" ".join(text.strip() for text in texts), return_tensors="pt", return_special_tokens_mask=True)
+        keep = given.pop("special_tokens_mask")[0] == 0
+        return _unit(self.model(**given, output_hidden_states=True).hidden_states[self.layer][0, keep])
+
+
 Encoder = OwnEncoder | ClipEncoder
 
 

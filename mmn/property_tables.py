@@ -194,22 +194,29 @@ def encoder_of(vlm: VLM) -> properties.OwnEncoder:
     return _encoder(vlm.hash, vlm)
 
 
-def semantic_row(vlm: VLM, case: Case, encoder: properties.Encoder, k: int = 10) -> Row:
+def semantic_row(
+    vlm: VLM,
+    case: Case,
+    encoder: properties.Encoder,
+    k: int = 10,
+    reader: properties.Encoder | properties.BertEncoder | None = None,
+) -> Row:
     """What the top k neurons write, against the word, the caption and the picture; beside same-layer random neurons (5 draws).
 
     Keys: rank (best place of the word in any neuron's list), in10 (share of the neurons with the word among their ten), text and image
-    (scores of their ten words each, mean over the neurons), each also as NAME_random."""
+    (scores of their ten words each, mean over the neurons), each also as NAME_random. reader: another encoder for the text score."""
+    reader = reader or encoder
     top = case.top(k)
     caption = case.trace.text[len(case.trace.prefix) :].replace(",", " ").split()
-    reference = encoder.words(caption)
-    picture = encoder.picture(case.trace.image) if case.trace.image is not None else reference
+    reference = reader.words(caption)
+    picture = encoder.picture(case.trace.image) if case.trace.image is not None else encoder.words(caption)
     draws = mmn.same_layer_random(vlm, top, draws=5, seed=case.picture)
     out: dict[str, list[list[float]]] = {"": [], "_random": []}
     for kind, neurons in (("", top), *(("_random", draw) for draw in draws)):
         ranks = properties.word_ranks(vlm, neurons, case.noun.token)
-        written = [encoder.words([t for t in each if t.strip()]) for each in mmn.top_tokens(vlm, neurons, 10)["tokens"]]
-        text = float(np.mean([properties.text_score(each, reference) for each in written]))
-        image = float(np.mean([properties.image_score(each, picture) for each in written]))
+        written = [[t for t in each if t.strip()] for each in mmn.top_tokens(vlm, neurons, 10)["tokens"]]
+        text = float(np.mean([properties.text_score(reader.words(each), reference) for each in written]))
+        image = float(np.mean([properties.image_score(encoder.words(each), picture) for each in written]))
         out[kind].append([float(ranks.min()), float((ranks <= 10).mean()), text, image])
     names = ("rank", "in10", "text", "image")
     return {f"{name}{kind}": float(np.mean([row[i] for row in rows])) for kind, rows in out.items() for i, name in enumerate(names)}

@@ -429,3 +429,23 @@ def test_clip_scores_words_and_pictures_as_transformers_does(tmp_path):
     assert torch.allclose(cosines, expected, atol=1e-5)
     with pytest.raises(MmnError, match="no CLIP checkpoint"):
         properties.ClipEncoder(str(tmp_path / "nowhere"))
+
+
+def test_a_text_encoder_reads_words_in_context(tmp_path):
+    """A BERT of random weights: the score of a text with itself is 1, and vectors are those of its own forward pass."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    words = tiny.tokenizer()
+    config = BertConfig(vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    encoder = properties.BertEncoder(str(tmp_path), layer=1)
+    given = words("a cat", return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(given["input_ids"], output_hidden_states=True).hidden_states[1][0, 1:]  # less <s>
+    assert torch.allclose(encoder.words(["a", "cat"]), hidden / hidden.norm(dim=-1, keepdim=True), atol=1e-5)
+    assert properties.text_score(encoder.words(["a", "cat"]), encoder.words(["a", "cat"])) == pytest.approx(1)
+    with pytest.raises(MmnError, match="no text encoder"):
+        properties.BertEncoder(str(tmp_path / "nowhere"))
