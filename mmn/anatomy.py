@@ -370,7 +370,8 @@ class Anatomy:
 
     decoder: the module that runs the layers. layers, ffns: the decoder's layers and their FFNs. final_norm: what stands between
     the last layer and the unembedding. unembedding: the linear map to the vocabulary, weight `[vocabulary, hidden]`.
-    image_token: the id that marks the positions of the picture in the prompt."""
+    image_token: the id that marks the positions of the picture in the prompt. stands_for: how many positions of the stream each
+    mark stands for, where the model itself puts them in its place."""
 
     decoder: nn.Module
     layers: list[nn.Module]
@@ -378,6 +379,7 @@ class Anatomy:
     final_norm: nn.Module | None
     unembedding: nn.Linear
     image_token: int | None
+    stands_for: int = 1
 
     @property
     def neurons(self) -> list[int]:
@@ -393,6 +395,13 @@ class Anatomy:
     def device(self) -> torch.device:
         """Where the unembedding is."""
         return self.unembedding.weight.device
+
+    def image_positions(self, ids: Tensor) -> Tensor:
+        """Which positions of the stream hold the picture, bool `[batch, positions]`, when a prompt of `ids` is read."""
+        marks = torch.zeros_like(ids, dtype=torch.bool) if self.image_token is None else ids == self.image_token
+        if self.stands_for == 1:
+            return marks
+        return torch.stack([row.repeat_interleave(1 + row * (self.stands_for - 1)) for row in marks])
 
     def words(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """The unembedding's rows of some tokens, float32 `[tokens, hidden]`."""

@@ -151,7 +151,7 @@ def shuffle_image_tokens(vlm: VLM, permutation: Tensor | None = None, *, seed: i
 
     def find(_: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        where[:] = [ids == vlm.anatomy.image_token] if ids is not None else []
+        where[:] = [vlm.anatomy.image_positions(ids)] if ids is not None else []
 
     def move(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         embedded = kwargs.get("inputs_embeds")

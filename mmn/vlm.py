@@ -119,8 +119,7 @@ class VLM:
 
     def image_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions of a prompt hold the picture, bool `[batch, positions]`."""
-        ids = inputs["input_ids"]
-        return ids == self.anatomy.image_token if self.anatomy.image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
+        return self.anatomy.image_positions(inputs["input_ids"])
 
     def _check_length(self, length: int) -> None:
         config = self.model.config.get_text_config()
