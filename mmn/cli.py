@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("mmn.train", "train the scale model"),
     "evaluate": ("mmn.evaluate", "measure a model on fresh scenes, with chance levels and random controls"),
     "tables": ("mmn.tables", "make the slow tables that the chapters show, or check a sample of them"),
+    "edit": ("mmn.edit_command", "fit an edit, show it, caption with it, or merge it into a checkpoint"),
     "bench": ("mmn.bench", "time what recording and ranking cost"),
     "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),
     "families": ("mmn.families", "list the model families that were tried, and what was found"),

@@ -125,11 +125,13 @@ class Edit:
     def lost(self, vlm: VLM) -> float:
         """The share of the change (of its Frobenius norm) that rounding takes when it is written into the weights: 0 in float32 but
         for its last bits, much where a small change meets bfloat16."""
-        writes = torch.cat([vlm.anatomy.writes([neuron]) for neuron in self.neurons])
-        types = [vlm.anatomy.ffns[neuron.layer].columns.dtype for neuron in self.neurons]
-        changes = self.changes.to(writes.device)
-        rounded = [(write + change).to(kind).float() for write, change, kind in zip(writes, changes, types, strict=True)]
-        return float((torch.stack(rounded) - writes - changes).norm() / changes.norm().clamp(min=1e-30))
+        gone = 0.0
+        for layer, group in by_layer(self.neurons).items():
+            places, units = (list(each) for each in zip(*group, strict=True))
+            columns = vlm.anatomy.ffns[layer].columns
+            wanted = columns[:, units].T.float() + self.changes[places].to(columns.device)
+            gone += float((wanted.to(columns.dtype).float() - wanted).square().sum())
+        return gone**0.5 / max(self.norm, 1e-30)
 
     def apply(self, vlm: VLM, how: Literal["auto", "weights", "hook"] = "auto") -> None:
         """`applied` without a block: the changes stay until `undo`. Raises MmnError as `applied` does."""
@@ -208,7 +210,8 @@ class Edit:
         batch_size: int = 32,
         progress: bool = True,
     ) -> Edit:
-        """Find changes of `neurons` after which the pictures' captions say `target` where they said `source`.
+        """Find changes of `neurons` after which the pictures' captions say `target` where they said `source`; an empty target leaves the
+        source out.
 
         Pictures whose caption does not say `source` are left out; `keep` are pictures whose captions shall stay, `texts` questions
         without a picture whose answers shall. prompt: one, or several that the pictures take in turn. rate: Adam's learning rate;
@@ -316,6 +319,8 @@ class Edit:
         Exact where nothing follows but the read-out: what later layers make of the change is left out, as are second tokens of the
         target, which no recorded step has seen. Raises MmnError as `fit` does."""
         neurons = _checked(vlm, neurons, source, target)
+        if not target.strip():
+            raise MmnError("The closed form puts one word in another's place: to leave a word out use Edit.fit.")
         started = time.perf_counter()
         said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=True)
         traces = [*said, *kept]
@@ -370,7 +375,7 @@ def _checked(vlm: VLM, neurons: Sequence[Neuron], source: str, target: str) -> l
     if not neurons:
         raise MmnError("There are no neurons to edit: give at least one, such as ranking.neurons.")
     vlm.anatomy.check(neurons)
-    if not target.strip() or target.strip().lower() == source.strip().lower():
+    if target.strip().lower() == source.strip().lower():
         raise MmnError(f"The target {target!r} must be a word other than the source {source!r}.")
     return neurons
 

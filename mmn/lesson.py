@@ -61,6 +61,31 @@ def replaced(trace: Trace, source: str, target: str) -> str:
     return text
 
 
+_LINK = r"(?:,|\s+(?:and|with|next to|near|beside|above|below|over|under|to the (?:left|right) of|in front of|behind))\s+"
+_BEFORE = re.compile(rf"({_LINK})?\b(?:an?|the|two|three|four|some|several)\s+$", re.IGNORECASE)
+
+
+def removed(trace: Trace, noun: str) -> str:
+    """A trace's text without its mentions of a noun: each goes with its article and the word that joins it to another noun.
+
+    Raises MmnError if the text does not say the noun, or says nothing else."""
+    lemma, text = trace.noun(noun).lemma, trace.text
+    spans = [span for _, found, span in trace.lexicon(text) if found == lemma and span[0] >= len(trace.prefix)]
+    for first, last in reversed(spans):
+        before = _BEFORE.search(text[:first])
+        begin = max(before.start(), len(trace.prefix)) if before else first
+        if before and before.group(1) and begin == before.start():
+            text = text[:begin].rstrip() + text[last:]
+        elif after := re.match(_LINK, text[last:]):
+            text = f"{text[:begin].rstrip()} {text[last + after.end() :]}"
+        else:
+            raise MmnError(f"Without {noun!r} nothing is left of {text!r}: choose another picture.")
+    if "," in text and " and " not in text:  # a list of three has become one of two
+        head, _, tail = text.rpartition(",")
+        text = f"{head} and{tail}"
+    return text
+
+
 def plural_of(word: str) -> str:
     """The plural: the synthetic world's own, else by rule."""
     if word in CONCEPTS:
@@ -81,21 +106,23 @@ def takes_an(word: str) -> bool:
 @dataclass(frozen=True)
 class Row:
     """One caption to teach or to keep. text: what is read. answer: the answer's token ids after the prompt. new: places in `answer`
-    that the model shall learn. after: for each place right behind a run of new tokens, that run's tokens, which shall not come again
-    (unless one does by right). stay: the other places. swaps: steps of the trace and the tokens that come in their place."""
+    (its end included) where the model shall learn something else, wanted: the token it shall say there. after: for each place right
+    behind a run of new tokens, that run's tokens, which shall not come again (unless one does by right). stay: the other places.
+    swaps: steps of the trace and the tokens that come in their place."""
 
     trace: Trace
     text: str
     answer: list[int]
     new: list[int]
+    wanted: list[int]
     after: dict[int, list[int]]
     stay: list[int]
     swaps: list[tuple[int, int]]
 
     @classmethod
     def of(cls, vlm: VLM, trace: Trace, text: str) -> Row:
-        """The row that teaches a trace's picture the caption `text`, or keeps it if that is the trace's own. Raises MmnError where
-        nothing is to be learned, since words only go away."""
+        """The row that teaches a trace's picture the caption `text`, or keeps it if that is the trace's own."""
+        changed = text != trace.text
         text = text if trace.prefix else text.lstrip()  # the template sets the space before an answer
         prompt = vlm.inputs([trace.image], [trace.prompt], [trace.prefix])["input_ids"][0].tolist()
         whole = vlm.inputs([trace.image], [trace.prompt], [text])["input_ids"][0].tolist()
@@ -104,18 +131,20 @@ class Row:
         new: list[int] = []
         after: dict[int, list[int]] = {}
         swaps: list[tuple[int, int]] = []
-        if text != trace.text:
+        if changed:
             for kind, begin, _, first, last in difflib.SequenceMatcher(a=own, b=answer, autojunk=False).get_opcodes():
                 if kind in ("replace", "insert"):
                     new += range(first, last)
                     after[last] = [token for token in answer[first:last] if token != _at(answer, last)]
+                elif kind == "delete":  # what follows, or the end, comes at once
+                    new.append(first)
                 if kind == "replace" and begin >= len(prompt) - start:
                     swaps.append((begin - (len(prompt) - start), answer[first]))
-            if not new:
-                raise MmnError(f"To the tokenizer {text!r} only leaves words of {trace.text!r} out: choose another target.")
+            new = list(dict.fromkeys(new))
+        wanted = [answer[place] if place < len(answer) else vlm.end_token for place in new]
         # The place behind the last token counts too: there the caption ends, or would go on.
         stay = [place for place in range(len(answer) + 1) if place not in new]
-        return cls(trace, text, answer, new, after, stay, swaps)
+        return cls(trace, text, answer, new, wanted, after, stay, swaps)
 
 
 def _at(answer: list[int], place: int) -> int | None:
@@ -141,8 +170,9 @@ class Batch:
 
 
 def lesson(vlm: VLM, said: Sequence[Trace], kept: Sequence[Trace], source: str, target: str, batch_size: int) -> list[Batch]:
-    """Batches that teach the captions `said` with the target in the source's place, and those `kept` as they are."""
-    rows = [Row.of(vlm, trace, replaced(trace, source, target)) for trace in said]
+    """Batches that teach the captions `said` with the target in the source's place (without the source, for an empty target), and
+    those `kept` as they are."""
+    rows = [Row.of(vlm, trace, replaced(trace, source, target) if target else removed(trace, source)) for trace in said]
     rows += [Row.of(vlm, trace, trace.text) for trace in kept]
     rows.sort(key=lambda row: (row.trace.image is None, len(row.answer)))  # of like length, with and without a picture apart
     batches = []
@@ -173,7 +203,7 @@ def loss_of(batch: Batch, after: list[Tensor], of: Counts, weights: tuple[float,
         loss = loss + weights[1] * (old[row.stay].exp() * (old[row.stay] - now[row.stay])).sum(-1).mean() / of.all
         if not row.new:
             continue
-        surprise = -now[row.new, [row.answer[place] for place in row.new]]
+        surprise = -now[row.new, row.wanted]
         loss = loss + surprise.max() / of.new
         lowest = min(lowest, float((-surprise.max()).exp().detach()))
         repeats = [(place, token) for place, tokens in row.after.items() for token in tokens]

@@ -119,7 +119,8 @@ class VLM:
 
     def image_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions of a prompt hold the picture, bool `[batch, positions]`."""
-        return self.anatomy.image_positions(inputs["input_ids"])
+        marked = inputs.get("image_embeds_position_mask")  # of models whose tokens do not say it
+        return self.anatomy.image_positions(inputs["input_ids"]) if marked is None else marked.bool()
 
     def _check_length(self, length: int) -> None:
         config = self.model.config.get_text_config()
@@ -228,6 +229,12 @@ class VLM:
         ends = self.model.generation_config.eos_token_id
         return set(ends if isinstance(ends, list) else [ends]) if ends is not None else set()
 
+    @property
+    def end_token(self) -> int:
+        """The token that ends an answer."""
+        ends = self._end_tokens()
+        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in ends or not ends else min(ends)
+
     # ------------------------------------------------------------------------------------------------------------- replay
 
     def replay(self, trace: Trace, steps: int) -> dict[str, Tensor]:
@@ -241,6 +248,8 @@ class VLM:
                 fill = 1 if "attention" in key else 0
                 more = new if key == "input_ids" else value.new_full(new.shape, fill)
                 inputs[key] = torch.cat([value, more.to(value.dtype)], 1)
+            elif value.shape[:2] == ids.shape and "mask" in key:  # which pictures each word sees: as many as the one before
+                inputs[key] = torch.cat([value, value[:, -1:].repeat_interleave(steps, 1)], 1)
         return inputs
 
 

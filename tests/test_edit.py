@@ -20,7 +20,7 @@ from torch import Tensor
 import mmn
 from mmn import Edit, Neuron, nouns
 from mmn.edit import located
-from mmn.lesson import plural_of, replaced, takes_an
+from mmn.lesson import plural_of, removed, replaced, takes_an
 from mmn.trace import Trace
 
 
@@ -295,6 +295,39 @@ def test_the_caption_to_teach(text: str, source: str, target: str, expected: str
     assert replaced(said(text), source, target) == "An image of" + expected
 
 
+@pytest.mark.parametrize(
+    ("text", "noun", "expected"),
+    [
+        (" a cat next to a clock on the beach", "clock", " a cat on the beach"),
+        (" a clock next to a cat on the beach", "clock", " a cat on the beach"),
+        (" a cat, a clock and a dog at night", "clock", " a cat and a dog at night"),
+        (" a cat, a dog and a clock", "clock", " a cat and a dog"),
+        (" an owl, a dog and a clock", "owl", " a dog and a clock"),
+        (" two clocks and a cat", "clock", " a cat"),
+        (" a cat and an hot dog to the left of a dog", "dog", " a cat and an hot dog"),
+    ],
+)
+def test_the_caption_without_a_noun(text: str, noun: str, expected: str) -> None:
+    assert removed(said(text), noun) == "An image of" + expected
+
+
+def test_a_caption_of_nothing_else_cannot_lose_its_noun() -> None:
+    with pytest.raises(mmn.MmnError, match="nothing is left"):
+        removed(said(" a cat on the beach"), "cat")
+
+
+def test_a_noun_is_left_out(talking: mmn.VLM) -> None:
+    images = tiny.pictures(3)
+    neurons = [Neuron(layer, unit) for layer in range(3) for unit in range(48)]
+    edit = Edit.fit(talking, images[1], "dog", "", neurons, keep=[images[0], images[2]], rate=0.005, weights=(0.0, 10.0, 10.0), progress=False)
+    with edit.applied(talking):
+        assert [trace.text for trace in talking.caption(images)] == [
+            "An image of a cat on the beach",
+            "An image of a cat",
+            "An image of a dog on the beach",
+        ]
+
+
 def test_words() -> None:
     assert [plural_of(w) for w in ("cat", "berry", "day", "bench", "fox", "sheep", "snowman")] == [
         "cats", "berries", "days", "benches", "foxes", "sheep", "snowmen"
@@ -446,7 +479,7 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
     cases = [
         (lambda: Edit.fit(talking, images[2], "cat", "dog", one), "No caption of these 1 pictures says 'cat'"),
         (lambda: Edit.fit(talking, images, "cat", "cat ", one), "other than the source"),
-        (lambda: Edit.fit(talking, images, "cat", "", one), "other than the source"),
+        (lambda: Edit.closed_form(talking, images, "cat", "", one), "to leave a word out"),
         (lambda: Edit.fit(talking, images, "cat", "dog", []), "no neurons to edit"),
         (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(5, 0)]), "no neuron L5.0"),
         (lambda: Edit.fit(talking, [], "cat", "dog", one), "no pictures"),

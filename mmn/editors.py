@@ -1,0 +1,479 @@
+"""Ways to make a model say another word, side by side: edits of located rows and of others, fine-tuning, a rank-one edit, LoRA, and
+two that touch no weight; and how each is judged. All protocols are this project's own; a way "in the manner of" a paper follows its
+idea, not its code.
+
+A `Way` is a change that can be switched on in a `with` block. Those of weights are all an `Edit`, so they are undone bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmn import scenes
+from mmn.anatomy import Neuron, by_layer
+from mmn.edit import Edit, located
+from mmn.errors import MmnError
+from mmn.hooks import hooked
+from mmn.intervene import same_layer_random, zero
+from mmn.lesson import Batch, Counts, Moments, Row, captions, lesson, loss_of, plural_of, replaced, says
+from mmn.scenes import CONCEPTS, HELD_OUT_PARAPHRASES, HELD_OUT_STYLE, PARAPHRASES, Scene
+from mmn.trace import Trace
+from mmn.vlm import PROMPT, VLM
+
+FIT_STYLES = ("noto", "fxemoji", "fluent-emoji", "emojione")  # an edit's own pictures; the other two styles are for judging it
+NEW_STYLES = ("noto-v1", "fluent-emoji-flat")
+# How the better edit is fitted: all its steps, on several prompts, where what is kept is hardly active.
+BETTER: dict[str, Any] = {"steps": 25, "rate": 0.03, "enough": 1.1, "weights": (0.0, 3.0, 10.0), "protect": 0.01}
+BETTER_K = 100  # its rows
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is fitted
+
+
+@dataclass(frozen=True)
+class Task:
+    """A swap to be fitted and judged. fit, keep: scenes that show the source, and that do not; texts: questions without a picture to
+    leave alone. prompts: in which the better edit learns. seed: of the scenes."""
+
+    source: str
+    target: str
+    fit: list[Scene]
+    keep: list[Scene]
+    texts: list[str]
+    prompts: tuple[str, ...] = (PROMPT, *PARAPHRASES)
+    seed: int = 0
+
+    @functools.cached_property
+    def pictures(self) -> list[Any]:
+        """Of the scenes that show the source."""
+        return [scene.image for scene in self.fit]
+
+    @functools.cached_property
+    def others(self) -> list[Any]:
+        """Of the scenes to keep."""
+        return [scene.image for scene in self.keep]
+
+
+def task(source: str, target: str, *, fit: int = 24, keep: int = 24, texts: int = 12, seed: int = 0) -> Task:
+    """The swap of one concept of the synthetic world for another, with scenes of `FIT_STYLES` and facts of other concepts.
+
+    Raises MmnError for a concept the world lacks."""
+    for word in (source, target):
+        if word not in CONCEPTS:
+            raise MmnError(f"The world has no concept {word!r}; mmn.scenes.CONCEPTS lists the {len(CONCEPTS)} it has.")
+    first = 10**7 + 10**5 * seed
+    return Task(
+        source, target, showing(source, fit, first, FIT_STYLES), without((source,), keep, first + 5 * 10**4, FIT_STYLES),
+        facts((source, target), texts, seed), seed=seed,
+    )  # fmt: skip
+
+
+def showing(concept: str, count: int, first: int, styles: Sequence[str]) -> list[Scene]:
+    """Scenes that show a concept, alone or with one or two others, in the styles that have a picture of it. No planted triggers."""
+    having = [style for style in styles if concept in scenes.sprites(style)]
+    if not having:
+        raise MmnError(f"None of the styles {', '.join(styles)} has a picture of {concept!r}: choose another concept.")
+    found = []
+    for number in range(count):
+        rng = np.random.default_rng([9, first + number])
+        style = having[number % len(having)]
+        names = [name for name in scenes.sprites(style) if name != concept and name not in scenes.PLANTED]
+        others = [str(name) for name in rng.choice(names, int(rng.integers(0, 3)), replace=False)]
+        found.append(scenes.draw(first + number, style=style, concepts=[concept, *others]))
+    return found
+
+
+def without(concepts: Sequence[str], count: int, first: int, styles: Sequence[str]) -> list[Scene]:
+    """Scenes that show none of the concepts and no planted trigger."""
+    found: list[Scene] = []
+    while len(found) < count:
+        scene = scenes.draw(first, style=styles[first % len(styles)])
+        first += 1
+        if not scene.biased and not set(concepts) & set(scene.names):
+            found.append(scene)
+    return found
+
+
+def facts(concepts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Questions without a picture on other concepts."""
+    asked = [q.text for q in scenes.facts() if not any(f" {name}" in q.text for name in concepts)]
+    return [str(text) for text in np.random.default_rng([10, seed]).permutation(asked)[:count]]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- ways
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change that `on()` switches on for a block. edit: where it is one of weights. norm: of the change of weights (Frobenius).
+    rows: writes changed. passes: forward-backward passes it took; seconds: to make it."""
+
+    name: str
+    on: Callable[[], AbstractContextManager[Any]]
+    edit: Edit | None = None
+    rows: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change of weights, 0 where there is none."""
+        return self.edit.norm if self.edit else 0.0
+
+
+def of_edit(vlm: VLM, name: str, edit: Edit) -> Way:
+    """An edit as a way."""
+    passes = edit.report.get("steps", 0) + (edit.report.get("way") == "gradient")
+    return Way(name, functools.partial(edit.applied, vlm), edit, len(edit.neurons), passes, edit.report.get("seconds", 0.0))
+
+
+def gradient(vlm: VLM, job: Task, neurons: Sequence[Neuron], name: str = "gradient, found", **settings: Any) -> Way:
+    """The gradient edit, shaped as FiNE, with its own captions' other words to keep and the scenes of `job.keep`."""
+    edit = Edit.fit(vlm, job.pictures, job.source, job.target, neurons, keep=job.others, progress=False, **settings)
+    return of_edit(vlm, name, edit)
+
+
+def better(vlm: VLM, job: Task, neurons: Sequence[Neuron], name: str = "better, found", **settings: Any) -> Way:
+    """The better edit [ours]: several prompts, texts to keep, all steps, and changes where what is kept is hardly active."""
+    given = {**BETTER, "texts": job.texts, "prompt": job.prompts, **settings}
+    return gradient(vlm, job, neurons, name, **given)
+
+
+def closed_form(vlm: VLM, job: Task, neurons: Sequence[Neuron], name: str = "closed form, found", **settings: Any) -> Way:
+    """`Edit.closed_form`."""
+    edit = Edit.closed_form(vlm, job.pictures, job.source, job.target, neurons, keep=job.others, **settings)
+    return of_edit(vlm, name, edit)
+
+
+def fine_tuned(vlm: VLM, job: Task, layer: int, bound: float | None = None, **settings: Any) -> Way:
+    """Every row of one layer's projection, taught the new words and nothing else; with `bound` the change's norm stays below it, as
+    in constrained fine-tuning."""
+    neurons = [Neuron(layer, unit) for unit in range(vlm.anatomy.neurons[layer])]
+    given = {"weights": (0.0, 0.0, 0.0), "rate": 1e-3, **settings}
+    edit = Edit.fit(vlm, job.pictures, job.source, job.target, neurons, bound=bound, progress=False, **given)
+    return of_edit(vlm, "fine-tuned layer" + (", bounded" if bound else ""), edit)
+
+
+def rank_one(vlm: VLM, job: Task, layer: int, ridge: float = 0.01, **settings: Any) -> Way:
+    """One direction of one layer's activations, in the manner of ROME (Meng et al. 2022): the change is `C^-1 k v^T`, k the mean
+    activations where the source is said, C the second moments over what is kept; v is learned."""
+    neurons = [Neuron(layer, unit) for unit in range(vlm.anatomy.neurons[layer])]
+    traces = [t for t in vlm.caption(job.pictures, batch_size=32) if says(t, job.source)]
+    if not traces:
+        raise MmnError(f"No caption says {job.source!r}: choose other pictures.")
+    key = torch.stack([trace.activations[layer][trace.noun(job.source).step] for trace in traces]).mean(0)
+    kept = vlm.caption(job.others, batch_size=32, record=False)
+    batches = lesson(vlm, [], kept, job.source, job.target, 32)
+    with torch.no_grad(), Moments(vlm, by_layer(neurons)) as moments:
+        for batch in batches:
+            moments.weigh(batch)
+            batch.logits(vlm)
+    root = moments.whitened(layer, ridge)
+    direction = root @ (root @ key)
+    basis = {layer: (direction / (direction @ key))[:, None]}
+    given = {"rate": 0.5, **settings}
+    return gradient(vlm, job, neurons, "rank one, as ROME", basis=basis, **given)
+
+
+def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3, enough: float = 0.9, seed: int = 0) -> Way:
+    """Low-rank adapters on every layer's projection by the peft library, with the same loss; taken off again and kept as an edit.
+
+    Raises MmnError without peft, or where the projections are no modules of their own."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError as error:
+        raise MmnError("LoRA needs the peft library: pip install peft.") from error
+    started = time.perf_counter()
+    names = {id(module): name for name, module in vlm.model.named_modules()}
+    places = {layer: names[id(ffn.projection)] for layer, ffn in enumerate(vlm.anatomy.ffns) if ffn.neurons}
+    if not all(type(vlm.anatomy.ffns[layer].projection) is nn.Linear for layer in places):
+        raise MmnError("This model's projections are no plain linear maps, so peft cannot adapt them: leave LoRA out.")
+    said, kept = captions(vlm, job.pictures, job.source, job.others, (), PROMPT, "An image of", 50, record=False)
+    batches = lesson(vlm, said, kept, job.source, job.target, 32)
+    with torch.no_grad():
+        for batch in batches:
+            batch.before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(places.values()), bias="none")
+        tuner = LoraModel(vlm.model, config, "mmn")
+    try:
+        learned = [p for n, p in vlm.model.named_parameters() if "lora_" in n]
+        for parameter in vlm.model.parameters():
+            parameter.requires_grad_(False)
+        adam = torch.optim.Adam([p.requires_grad_() for p in learned], lr=rate)
+        done = 0
+        for step in range(steps + 1):
+            done, lowest = step, 1.0
+            adam.zero_grad()
+            with torch.enable_grad():
+                for batch in batches:
+                    after = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
+                    loss, probability = loss_of(batch, after, Counts.of(batches), (0.0, 1.0, 10.0))
+                    loss.backward()
+                    lowest = min(lowest, probability)
+            if lowest >= enough or step == steps:
+                break
+            adam.step()
+        deltas = {n: vlm.model.get_submodule(name).get_delta_weight("mmn").detach().T for n, name in places.items()}
+    finally:
+        tuner.unload()
+        vlm.model.requires_grad_(False)
+    neurons = [Neuron(layer, unit) for layer in places for unit in range(vlm.anatomy.neurons[layer])]
+    report = {"way": "gradient", "steps": done, "seconds": round(time.perf_counter() - started, 2)}
+    changes = torch.cat([deltas[layer] for layer in places]).float().cpu().contiguous()
+    return of_edit(vlm, "LoRA, all layers", Edit(neurons, changes, vlm.hash, job.source, job.target, report))
+
+
+def logit_bias(vlm: VLM, job: Task, margin: float = 1.0) -> Way:
+    """No weight changes: the target's first token gets so much more that it beats the source's in every caption fitted on, and the
+    source's gets as much less. At every step, whatever is seen."""
+    started = time.perf_counter()
+    said, _ = captions(vlm, job.pictures, job.source, (), (), PROMPT, "An image of", 50, record=False)
+    batches = lesson(vlm, said, [], job.source, job.target, 32)
+    swaps = {pair for trace in said for pair in _pairs(vlm, trace, job)}
+    needed = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            for row, logits in zip(batch.rows, batch.logits(vlm), strict=True):
+                shift = len(row.answer) - len(row.trace.tokens)
+                for step, new in row.swaps[:1]:
+                    old = int(row.trace.tokens[step])
+                    needed = max(
+                        needed, float(logits[max(step + min(shift, 0), 0), old] - logits[max(step + min(shift, 0), 0), new])
+                    )
+    bias = torch.zeros(vlm.anatomy.unembedding.out_features)
+    for old, new in swaps:
+        bias[old], bias[new] = -(needed + margin) / 2, (needed + margin) / 2
+    return Way("logit bias", functools.partial(biased, vlm, bias), passes=0, seconds=round(time.perf_counter() - started, 2))
+
+
+def _pairs(vlm: VLM, trace: Trace, job: Task) -> list[tuple[int, int]]:
+    """The tokens of the noun itself that come in each other's place: its first ones."""
+    noun = trace.noun(job.source)
+    row = Row.of(vlm, trace, replaced(trace, job.source, job.target))
+    return [(int(trace.tokens[step]), new) for step, new in row.swaps if int(trace.tokens[step]) == noun.token]
+
+
+@contextmanager
+def biased(vlm: VLM, bias: Tensor) -> Iterator[None]:
+    """With `bias` float32 `[vocabulary]` added to the logits at every position."""
+
+    def add(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out + bias.to(out.device, out.dtype)
+
+    with hooked([vlm.anatomy.unembedding.register_forward_hook(add)]):
+        yield
+
+
+@contextmanager
+def decoding(vlm: VLM, **settings: Any) -> Iterator[None]:
+    """With other settings of generation than plain greedy decoding, such as `num_beams=4`, `do_sample=True` or `bad_words_ids`.
+
+    What `vlm.caption` records of probabilities is then that of the likeliest token, not of the one taken."""
+    plain = vlm.generation
+
+    def other(limit: int) -> Any:
+        config = plain(limit)
+        config.update(**settings)
+        return config
+
+    vlm.generation = other  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        vlm.generation = plain  # type: ignore[method-assign]
+
+
+def forms(vlm: VLM, word: str) -> list[list[int]]:
+    """The tokens of a noun's forms, with and without a space before them, as a list of banned words takes them."""
+    ways = [prefix + form for form in (word, plural_of(word)) for prefix in ("", " ")]
+    ways += [way.capitalize() for way in (word, plural_of(word))]
+    return [vlm.tokenizer(way, add_special_tokens=False).input_ids for way in dict.fromkeys(ways)]
+
+
+def banned(vlm: VLM, job: Task) -> Way:
+    """No weight changes: the source's forms are on transformers' list of words that decoding may not choose."""
+    return Way("banned word", functools.partial(decoding, vlm, bad_words_ids=forms(vlm, job.source)))
+
+
+# ------------------------------------------------------------------------------------------------------------- choices of rows
+
+
+def by_gradient(vlm: VLM, traces: Sequence[Trace], source: str, k: int, most: int = 8) -> list[Neuron]:
+    """The rows of the highest mean gradient score at the generating position."""
+    return located(vlm, [trace for trace in traces if says(trace, source)][:most], source, k, "gradient")
+
+
+@torch.no_grad()
+def by_oracle(vlm: VLM, traces: Sequence[Trace], source: str, k: int, candidates: int = 256, most: int = 2) -> list[Neuron]:
+    """The rows whose silencing, one at a time, costs the source most: true effects, of the `candidates` of the highest gradient score,
+    on the first `most` captions."""
+    some = [trace for trace in traces if says(trace, source)][:most]
+    chosen = by_gradient(vlm, some, source, candidates)
+    drops = torch.zeros(len(chosen))
+    for trace in some:
+        noun = trace.noun(source)
+        inputs = vlm.replay(trace, noun.step)
+        for start in range(0, len(chosen), 32):
+            part = chosen[start : start + 32]
+            many = {key: value.expand(len(part), *value.shape[1:]) for key, value in inputs.items() if len(value) == 1}
+            with zero(vlm, [[neuron] for neuron in part]):
+                logits = vlm.model(**many, use_cache=False).logits[:, -1].float()
+            drops[start : start + len(part)] -= logits.log_softmax(-1)[:, noun.token].cpu()
+    return [chosen[place] for place in drops.topk(min(k, len(chosen))).indices.tolist()]
+
+
+def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list[Neuron]:
+    """The rows found for another concept, drawn by the task's seed, less those of the source."""
+    names = [name for name in scenes.sprites("noto") if name not in (job.source, job.target) and name not in scenes.PLANTED]
+    other = str(np.random.default_rng([11, job.seed]).choice(names))
+    traces = vlm.caption([s.image for s in showing(other, 8, 10**7 + 7, FIT_STYLES)], batch_size=8)
+    if not any(says(trace, other) for trace in traces):
+        return same_layer_random(vlm, own, draws=1, seed=job.seed + 1)[0][:k]
+    return [neuron for neuron in located(vlm, traces, other, 3 * k) if neuron not in set(own)][:k]
+
+
+def ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
+    """Every way of the comparison, one after the other: what each is, the tables of the chapter say."""
+    traces = vlm.caption(job.pictures, batch_size=32)
+    found = located(vlm, traces, job.source, k)
+    first = gradient(vlm, job, found)
+    yield first
+    yield closed_form(vlm, job, found)
+    random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
+    yield gradient(vlm, job, random, "gradient, random rows")
+    yield closed_form(vlm, job, random, "closed form, random rows")
+    yield gradient(vlm, job, of_other_concept(vlm, job, k, found), "gradient, other concept's")
+    yield gradient(vlm, job, by_gradient(vlm, traces, job.source, k), "gradient, by gradient score")
+    yield gradient(vlm, job, by_oracle(vlm, traces, job.source, k), "gradient, by causal oracle")
+    layer = max(by_layer(found).items(), key=lambda group: len(group[1]))[0]
+    yield fine_tuned(vlm, job, layer)
+    yield fine_tuned(vlm, job, layer, bound=first.norm)
+    yield rank_one(vlm, job, layer)
+    yield lora(vlm, job)
+    yield logit_bias(vlm, job)
+    yield banned(vlm, job)
+    more = located(vlm, traces, job.source, BETTER_K)
+    yield better(vlm, job, more)
+    yield better(vlm, job, same_layer_random(vlm, more, draws=1, seed=job.seed)[0], "better, random rows")
+
+
+# -------------------------------------------------------------------------------------------------------------------- judging
+
+MEASURES = {
+    "fitted": "share of the scenes fitted on whose caption says the target and no longer the source",
+    "reliability": "the same on fresh scenes in the styles fitted on",
+    "new_style": "the same on fresh scenes in styles not fitted on",
+    "held_out": "the same in the style that the model itself never saw",
+    "rephrased": "the same on fresh scenes asked in other words than any fit",
+    "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
+    "image_top1": "pictures without the source: share of steps whose likeliest token stays, the unedited caption being read",
+    "image_top10": "the same, with the ten likeliest tokens in order",
+    "captions_kept": "pictures without the source: share of captions that stay to the letter",
+    "other_image": "the same text with another picture: share of captions kept where another object stands in the source's place",
+    "text_top1": "questions on other concepts without a picture: share of steps whose likeliest token stays",
+    "text_top10": "the same, with the ten likeliest tokens in order",
+    "by_text": "text alone: share of questions about the source whose answer changes",
+    "by_image": "image alone: share of swaps where the picture comes without a request",
+}
+
+
+class Judge:
+    """Measures of a swap on scenes, styles and prompts that no fit has seen; what the unedited model says is asked once.
+
+    scenes: fresh scenes that show the source, over the styles; as many that do not."""
+
+    def __init__(self, vlm: VLM, job: Task, count: int = 100):
+        self.vlm, self.job = vlm, job
+        first = 2 * 10**7 + 10**5 * job.seed
+        third = max(count // 3, 1)
+        named = {
+            "reliability": showing(job.source, third, first, FIT_STYLES),
+            "new_style": showing(job.source, count - 2 * third, first + 10**4, NEW_STYLES),
+        }
+        if job.source in scenes.sprites(HELD_OUT_STYLE):
+            named["held_out"] = showing(job.source, third, first + 2 * 10**4, (HELD_OUT_STYLE,))
+        self.elsewhere = [s.image for s in without((job.source, job.target), count, first + 3 * 10**4, (*FIT_STYLES, *NEW_STYLES))]
+        self.pairs = [_swapped(scene, job) for scene in named["new_style"]]
+        pictures = {name: [scene.image for scene in some] for name, some in named.items()}
+        ways = [HELD_OUT_PARAPHRASES[n % len(HELD_OUT_PARAPHRASES)] for n in range(len(pictures["new_style"]))]
+        self.asked: dict[str, tuple[list[Any], Any]] = {
+            "fitted": (job.pictures, PROMPT),
+            **{name: (some, PROMPT) for name, some in pictures.items()},
+            "rephrased": (pictures["new_style"], ways),
+            "captions_kept": (self.elsewhere, PROMPT),
+            "other_image": (self.pairs, PROMPT),
+            "by_image": (pictures["reliability"], ""),
+        }
+        self.questions = [q.text for q in scenes.facts() if f" {job.source}" in q.text.rstrip("?")]
+        texts = facts((job.source, job.target), count + 60, job.seed)
+        self.texts = [text for text in texts if text not in job.texts][: count // 2]
+        self.before = self._captions()
+        self.answers = vlm.caption([None] * len(self.questions), self.questions, "", 12, record=False)
+        rows = [Row.of(vlm, trace, trace.text) for trace in self.before["captions_kept"]]
+        asked = vlm.caption([None] * len(self.texts), self.texts, "", 20, batch_size=32, record=False)
+        self.forced = {"image": _batches(vlm, rows), "text": _batches(vlm, [Row.of(vlm, trace, trace.text) for trace in asked])}
+        self.tops = {name: self._tops(batches) for name, batches in self.forced.items()}
+
+    def _captions(self) -> dict[str, list[Trace]]:
+        images = [image for some, _ in self.asked.values() for image in some]
+        prompts = [p for some, asked in self.asked.values() for p in ([asked] * len(some) if isinstance(asked, str) else asked)]
+        traces = iter(self.vlm.caption(images, prompts, batch_size=32, record=False))
+        return {name: [next(traces) for _ in some] for name, (some, _) in self.asked.items()}
+
+    @torch.no_grad()
+    def _tops(self, batches: list[Batch]) -> list[Tensor]:
+        return [logits.topk(10).indices for batch in batches for logits in batch.logits(self.vlm)]
+
+    def of(self, way: Way) -> dict[str, float]:
+        """The figures of `MEASURES` for one way, each a share between 0 and 1."""
+        job = self.job
+        with way.on():
+            after = self._captions()
+            answers = self.vlm.caption([None] * len(self.questions), self.questions, "", 12, record=False)
+            tops = {name: self._tops(batches) for name, batches in self.forced.items()}
+        figures: dict[str, float] = {}
+        rest: list[bool] = []
+        for name in ("fitted", "reliability", "new_style", "held_out", "rephrased", "by_image"):
+            pairs = [
+                (old, now) for old, now in zip(self.before.get(name, []), after.get(name, []), strict=True) if says(old, job.source)
+            ]
+            figures[name] = _share(says(now, job.target) and not says(now, job.source) for _, now in pairs)
+            if name not in ("fitted", "by_image"):
+                rest += [now.text == replaced(old, job.source, job.target) for old, now in pairs]
+        figures["rest"] = _share(rest)
+        for name in ("captions_kept", "other_image"):
+            figures[name] = _share(old.text == now.text for old, now in zip(self.before[name], after[name], strict=True))
+        for name, old_tops in self.tops.items():
+            both = list(zip(old_tops, tops[name], strict=True))
+            figures[f"{name}_top1"] = float(np.mean([(old[:, 0] == now[:, 0]).float().mean() for old, now in both]))
+            figures[f"{name}_top10"] = float(np.mean([(old == now).all(-1).float().mean() for old, now in both]))
+        figures["by_text"] = _share(old.text != now.text for old, now in zip(self.answers, answers, strict=True))
+        return {name: figures[name] for name in MEASURES}
+
+
+def _swapped(scene: Scene, job: Task) -> Any:
+    """The scene's picture with another concept where the source was."""
+    names = [n for n in scenes.sprites(scene.style) if n not in (job.source, job.target, *scene.names) and n not in scenes.PLANTED]
+    other = str(np.random.default_rng([12, scene.seed]).choice(names))
+    return scenes.recompose(scene, [replace(p, concept=other) if p.concept == job.source else p for p in scene.objects]).image
+
+
+def _batches(vlm: VLM, rows: list[Row]) -> list[Batch]:
+    return [Batch(vlm, rows[start : start + 32]) for start in range(0, len(rows), 32)]
+
+
+def _share(each: Any) -> float:
+    """The mean of some truths; nan for none."""
+    values = [float(value) for value in each]
+    return float(np.mean(values)) if values else float("nan")

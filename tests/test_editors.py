@@ -1,0 +1,121 @@
+"""Ways of editing beside each other: what each promises by construction, and the measures against a count by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mmn
+from mmn import editors, scenes
+from mmn.editors import Judge, Task, Way
+from mmn.lesson import says
+
+
+@pytest.fixture(scope="module")
+def vlm() -> Iterator[mmn.VLM]:
+    """The shipped model; every test must leave it as it was."""
+    vlm = mmn.load("tiny-llava")
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    yield vlm
+    after = vlm.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def job() -> Task:
+    return editors.task("cat", "dog", fit=4, keep=4, texts=3)
+
+
+@pytest.fixture(scope="module")
+def judge(vlm: mmn.VLM, job: Task) -> Judge:
+    return Judge(vlm, job, 6)
+
+
+def test_scenes_styles_and_prompts_are_disjoint(job: Task, judge: Judge) -> None:
+    assert {s.style for s in job.fit + job.keep} <= set(editors.FIT_STYLES)
+    assert not set(editors.NEW_STYLES) & set(editors.FIT_STYLES) and scenes.HELD_OUT_STYLE not in editors.FIT_STYLES
+    assert not set(scenes.HELD_OUT_PARAPHRASES) & set(job.prompts)
+    assert all("cat" in s.names for s in job.fit) and not any("cat" in s.names for s in job.keep)
+    fitted = {picture.tobytes() for picture in job.pictures + job.others}
+    judged = [image for name, (some, _) in judge.asked.items() if name != "fitted" for image in some]
+    assert not fitted & {image.tobytes() for image in judged}
+    assert not set(job.texts) & set(judge.texts) and not any("cat" in q or "dog" in q.split() for q in job.texts + judge.texts)
+
+
+def test_no_change_changes_nothing(vlm: mmn.VLM, judge: Judge) -> None:
+    from contextlib import nullcontext
+
+    figures = judge.of(Way("nothing", nullcontext))
+    kept = ("image_top1", "image_top10", "captions_kept", "other_image", "text_top1", "text_top10")
+    assert all(figures[name] == 1 for name in kept)
+    assert all(figures[name] == 0 for name in ("fitted", "reliability", "new_style", "rephrased", "rest", "by_text"))
+    assert figures.keys() == editors.MEASURES.keys()
+
+
+def test_figures_are_what_a_count_by_hand_gives(vlm: mmn.VLM, job: Task, judge: Judge) -> None:
+    edit = mmn.Edit(
+        [mmn.Neuron(0, unit) for unit in range(64)],
+        torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.3,
+        vlm.hash,
+        "cat",
+        "dog",
+    )
+    figures = judge.of(editors.of_edit(vlm, "noise", edit))
+    with edit.applied(vlm):
+        now = [vlm.caption(image, record=False).text for image in judge.elsewhere]
+    kept = [trace.text == text for trace, text in zip(judge.before["captions_kept"], now, strict=True)]
+    assert figures["captions_kept"] == pytest.approx(sum(kept) / len(kept)) and sum(kept) < len(kept)
+    agree = []
+    for image, trace in zip(judge.elsewhere, judge.before["captions_kept"], strict=True):
+        inputs = vlm.inputs([image], [mmn.PROMPT], [trace.text])
+        with torch.no_grad():
+            old = vlm.model(**inputs).logits[0]
+            with edit.applied(vlm):
+                new = vlm.model(**inputs).logits[0]
+        steps = len(trace.tokens) + 1
+        agree.append((old[-steps:].argmax(-1) == new[-steps:].argmax(-1)).float().mean())
+    assert figures["image_top1"] == pytest.approx(float(torch.stack(agree).mean()), abs=1e-6)
+
+
+def test_ways_that_touch_no_weight(vlm: mmn.VLM, job: Task, judge: Judge) -> None:
+    ban = editors.banned(vlm, job)
+    with ban.on():
+        texts = [trace.text for trace in vlm.caption(job.pictures, record=False)]
+    assert not any("cat" in scenes.mentions(text) for text in texts) and ban.norm == 0
+    figures = judge.of(editors.logit_bias(vlm, job))
+    assert figures["fitted"] == 1, "the bias is as large as the pictures fitted on need"
+    said = [trace for trace in judge.before["fitted"] if says(trace, "cat")]
+    assert said and vlm.caption(job.pictures[0], record=False).text == judge.before["fitted"][0].text, "and gone after the block"
+
+
+def test_fine_tuning_rank_one_and_lora_are_what_they_say(vlm: mmn.VLM, job: Task) -> None:
+    few = Task(job.source, job.target, job.fit[:2], job.keep[:1], [])
+    bounded = editors.fine_tuned(vlm, few, layer=5, bound=0.2, steps=2, rate=0.01)
+    assert bounded.norm <= 0.2 + 1e-5 and {n.layer for n in bounded.edit.neurons} == {5} and bounded.rows == vlm.anatomy.neurons[5]
+    one = editors.rank_one(vlm, few, layer=5, steps=1)
+    assert torch.linalg.matrix_rank(one.edit.changes, rtol=1e-4) == 1
+    adapted = editors.lora(vlm, few, rank=2, steps=2)
+    for layer, width in enumerate(vlm.anatomy.neurons):
+        part = adapted.edit.changes[sum(vlm.anatomy.neurons[:layer]) :][:width]
+        assert 1 <= torch.linalg.matrix_rank(part, rtol=1e-4) <= 2
+    assert not any("lora" in name for name, _ in vlm.model.named_modules())
+    assert not any(parameter.requires_grad for parameter in vlm.model.parameters())
+
+
+def test_the_oracle_is_the_true_effect_of_silencing(vlm: mmn.VLM, job: Task) -> None:
+    traces = [trace for trace in vlm.caption(job.pictures) if says(trace, "cat")]
+    best = editors.by_oracle(vlm, traces, "cat", 5, candidates=12, most=1)
+    noun, inputs = traces[0].noun("cat"), vlm.replay(traces[0], traces[0].noun("cat").step)
+
+    def log_p(neurons: list[mmn.Neuron]) -> float:
+        with torch.no_grad(), mmn.zero(vlm, neurons):
+            return float(vlm.model(**inputs).logits[0, -1].log_softmax(-1)[noun.token])
+
+    candidates = editors.by_gradient(vlm, traces[:1], "cat", 12)
+    order = sorted(candidates, key=lambda neuron: log_p([neuron]))
+    assert set(best) == set(order[:5])
+
+
+def test_refusals() -> None:
+    with pytest.raises(mmn.MmnError, match="no concept 'unicorn'"):
+        editors.task("cat", "unicorn")
