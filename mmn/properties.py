@@ -12,7 +12,7 @@ pandas tables with one row a case and condition, `picture` among the columns, so
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from mmn import metrics
 from mmn.anatomy import Neuron
 from mmn.contribution import SCORES
 from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
 from mmn.intervene import mean_ablate, scale, zero
 from mmn.metrics import Interval
 from mmn.nouns import Noun
@@ -158,15 +159,9 @@ def reread(vlm: VLM, trace: Trace, images: Sequence[Image.Image] | None = None, 
         inputs = _batch([vlm.replay(replace(trace, image=image), steps - 1) for image in images])
         copies = nullcontext()
     keep = {"logits_to_keep": steps} if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters else {}
-    handles = []
-    try:
-        for ffn in vlm.anatomy.ffns if record else []:
-            handles.append(ffn.watch(lambda a: seen.append(a[:, a.shape[1] - steps :].float().cpu())))
-        with copies:
-            logits = vlm.model(**inputs, use_cache=False, **keep).logits[:, -steps:].float()
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = vlm.anatomy.ffns if record else []
+    with copies, hooked(ffn.watch(lambda a: seen.append(a[:, a.shape[1] - steps :].float().cpu())) for ffn in watched):
+        logits = vlm.model(**inputs, use_cache=False, **keep).logits[:, -steps:].float()
     logp = logits.log_softmax(-1)
     tokens = trace.tokens.to(logp.device).expand(len(images), -1)
     return Reading(trace, logp.gather(-1, tokens[..., None])[..., 0].cpu(), logits.argmax(-1).cpu(), seen, images)
@@ -187,15 +182,7 @@ def _copied(vlm: VLM, rows: int) -> AbstractContextManager[None]:
 
         return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
 
-    return _Hooked(vlm.anatomy.decoder.register_forward_pre_hook(copy, with_kwargs=True))
-
-
-class _Hooked(AbstractContextManager):
-    def __init__(self, handle: Any):
-        self.handle = handle
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+    return hooked(each.register_forward_pre_hook(copy, with_kwargs=True) for each in [vlm.anatomy.decoder])
 
 
 # ------------------------------------------------------------------------------------------------------------- causal effect
@@ -332,10 +319,10 @@ def transplant(
     elif where == "last":
         mask[:-1] = False
     kept: list[Tensor] = []
-    source = _log_p(vlm, given, [ffn.watch(kept.append) for ffn in vlm.anatomy.ffns])[0, token]
-    target = _log_p(vlm, _batch([other]), [])[0, token]
-    if len(given["input_ids"][0]) != len(other["input_ids"][0]):
+    if given["input_ids"].shape != other["input_ids"].shape:
         raise MmnError("The two pictures differ in their number of image tokens: give pictures of one size.")
+    source = _log_p(vlm, given, (ffn.watch(kept.append) for ffn in vlm.anatomy.ffns))[0, token]
+    target = _log_p(vlm, other)[0, token]
     named = [(name, draw, list(each)) for name, some in neurons.items() for draw, each in enumerate(_lists(some))]
     chosen = [torch.zeros(len(named), 1, size, dtype=torch.bool) for size in vlm.anatomy.neurons]
     for row, (_, _, each) in enumerate(named):
@@ -346,7 +333,7 @@ def transplant(
         return lambda a: torch.where(chosen[layer].to(a.device) & mask[:, None], kept[layer], a)
 
     with _copied(vlm, len(named)):
-        patched = _log_p(vlm, other, [ffn.watch(put(layer)) for layer, ffn in enumerate(vlm.anatomy.ffns)])
+        patched = _log_p(vlm, other, (ffn.watch(put(layer)) for layer, ffn in enumerate(vlm.anatomy.ffns)))
     gap = float(source - target)
     return pd.DataFrame(
         {
@@ -363,13 +350,10 @@ def transplant(
     )
 
 
-def _log_p(vlm: VLM, inputs: Mapping[str, Tensor], handles: Sequence[Any]) -> Tensor:
-    """Log probabilities at the last position `[rows, vocabulary]`, with some hooks on, which are then removed."""
-    try:
+def _log_p(vlm: VLM, inputs: Mapping[str, Tensor], hooks: Iterable[Removable] = ()) -> Tensor:
+    """Log probabilities at the last position `[rows, vocabulary]`, with some hooks on."""
+    with hooked(hooks):
         return vlm.model(**inputs, use_cache=False).logits[:, -1].float().log_softmax(-1).cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --------------------------------------------------------------------------------------------------------------- sensitivity
@@ -529,7 +513,8 @@ class OwnEncoder:
         def keep(_: Any, __: tuple, kwargs: dict[str, Any]) -> None:
             seen.append(kwargs["inputs_embeds"][0, positions].float().cpu())
 
-        with _Hooked(self.vlm.anatomy.decoder.register_forward_pre_hook(keep, with_kwargs=True)):
+        decoder = self.vlm.anatomy.decoder
+        with hooked(each.register_forward_pre_hook(keep, with_kwargs=True) for each in [decoder]):
             self.vlm.model(**inputs, use_cache=False)
         return seen[0]
 
