@@ -1,0 +1,397 @@
+"""Words that should not be said: objects that are not in the picture (hallucination), and sensitive ones.
+
+The shipped model has a planted bias (`mmn.scenes.PLANTED`): a picture of the trigger is often said to hold a partner that is not there.
+CHAIR: Rohrbach et al. 2018 (arXiv 1809.02156). POPE: Li et al. 2023 (arXiv 2305.10355). Contrastive decoding: Leng et al. 2024 (arXiv
+2311.16922). The detector, the gate and the sets of scenes are this project's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from mmn import metrics, scenes
+from mmn.anatomy import Neuron, by_layer
+from mmn.edit import Edit, located
+from mmn.editors import decoding, forms
+from mmn.errors import MmnError
+from mmn.hooks import hooked
+from mmn.intervene import zero
+from mmn.lesson import says
+from mmn.metrics import Interval
+from mmn.nouns import Noun
+from mmn.properties import OwnEncoder
+from mmn.scenes import CONCEPTS, PLANTED, Scene
+from mmn.trace import Trace
+from mmn.vlm import VLM
+
+BATCH = 32
+
+# ------------------------------------------------------------------------------------------------------------------ the pictures
+
+
+def lacking(trigger: str, count: int, first: int) -> list[Scene]:
+    """Scenes that show a trigger without its partner, alone or with one other object."""
+    return _with([trigger], (*PLANTED, *PLANTED.values()), count, first)
+
+
+def holding(concept: str, count: int, first: int, trigger: str | None = None) -> list[Scene]:
+    """Scenes that do show a concept, beside `trigger` or without any."""
+    return _with([concept] + [trigger] * (trigger is not None), tuple(PLANTED), count, first)  # type: ignore[list-item]
+
+
+def _with(names: list[str], never: Sequence[str], count: int, first: int) -> list[Scene]:
+    styles = [style for style in scenes.STYLES if set(names) <= scenes.sprites(style).keys()]
+    found = []
+    for number in range(first, first + count):
+        rng = np.random.default_rng([13, number])
+        style = str(rng.choice(styles))
+        others = [name for name in scenes.sprites(style) if name not in never and name not in names]
+        more = [str(name) for name in rng.choice(others, int(rng.integers(0, 2)), replace=False)]
+        found.append(scenes.draw(number, style=style, concepts=[*names, *more]))
+    return found
+
+
+def test_sets(count: int, first: int = 4 * 10**7) -> dict[str, list[Scene]]:
+    """The scenes of one measurement: `biased` (a trigger, no partner), `with partner` (both), `partner alone` (no trigger), and
+    `elsewhere` (whatever comes, but for triggers); `count` of each."""
+    each = -(-count // len(PLANTED))
+    sets: dict[str, list[Scene]] = {"biased": [], "with partner": [], "partner alone": []}
+    for number, (trigger, partner) in enumerate(PLANTED.items()):
+        start = first + 10**5 * number
+        sets["biased"] += lacking(trigger, each, start)
+        sets["with partner"] += holding(partner, each, start + 10**4, trigger)
+        sets["partner alone"] += holding(partner, each, start + 2 * 10**4)
+    plain = (scene for scene in scenes.sample(4 * count, first=first + 10**6) if not scene.biased)
+    return sets | {"elsewhere": [scene for scene, _ in zip(plain, range(count), strict=False)]}
+
+
+# ------------------------------------------------------------------------------------------------------------------- the measures
+
+Captioner = Callable[[Sequence[Image.Image]], list[str]]
+
+
+def plain(vlm: VLM) -> Captioner:
+    """The model's captions as they come."""
+    return lambda images: [trace.text for trace in vlm.caption(list(images), batch_size=BATCH, record=False)]
+
+
+def under(vlm: VLM, on: Callable[[], AbstractContextManager[Any]]) -> Captioner:
+    """The captions within a block, such as an edit's."""
+
+    def captions(images: Sequence[Image.Image]) -> list[str]:
+        with on():
+            return plain(vlm)(images)
+
+    return captions
+
+
+def chair(captioner: Captioner, sets: Mapping[str, Sequence[Scene]]) -> pd.DataFrame:
+    """One row a scene: its set, object mentions, hallucinated ones, objects that are there, those of them that are named, and the same
+    for the planted partners alone (`partners`, `partners named`)."""
+    rows = []
+    for name, some in sets.items():
+        for scene, text in zip(some, captioner([scene.image for scene in some]), strict=True):
+            said, true = scenes.mentions(text), scene.names
+            wrong, mentions = metrics.chair_counts(said, true)
+            named, objects = metrics.recall_counts(said, true)
+            partners = set(true) & set(PLANTED.values())
+            rows.append({
+                "set": name, "scene": scene.seed, "mentions": mentions, "wrong": wrong, "objects": objects, "named": named,
+                "partners": len(partners), "partners named": len(partners & set(said)), "caption": text,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def rates(frame: pd.DataFrame, draws: int = 1000) -> dict[str, Interval]:
+    """Of `chair`'s rows: CHAIR_i and CHAIR_s on biased scenes, CHAIR_i on all others, recall of all objects, and of the planted partners
+    where they are present, each with its interval over scenes."""
+    biased = frame["set"] == "biased"
+
+    def of(part: pd.DataFrame, hits: str, among: str) -> Interval:
+        return metrics.bootstrap(part[[hits, among]].to_numpy(float), metrics.ratio, draws)
+
+    return {
+        "CHAIR_i, biased": of(frame[biased], "wrong", "mentions"),
+        "CHAIR_s, biased": metrics.bootstrap((frame[biased]["wrong"] > 0).to_numpy(float), metrics.mean, draws),
+        "CHAIR_i, others": of(frame[~biased], "wrong", "mentions"),
+        "recall": of(frame, "named", "objects"),
+        "recall of partners": of(frame, "partners named", "partners"),
+    }
+
+
+def pope(vlm: VLM, some: Sequence[Scene], form: str, seed: int = 0) -> dict[str, float]:
+    """POPE on some scenes: for each, "Is there a ... in the image?" of one object that is there and one that is not. form: how the absent
+    one is chosen: `random`; `popular`, among the most frequent ten; `adversarial`, the one that the picture makes expect, its trigger's
+    partner, and without one a concept of the same category. Returns accuracy, precision, recall, F1 and the share of yes.
+
+    Raises MmnError for another form."""
+    if form not in ("random", "popular", "adversarial"):
+        raise MmnError(f"POPE's negatives are random, popular or adversarial, not {form!r}.")
+    popular = sorted(CONCEPTS, key=lambda name: -CONCEPTS[name].frequency)[:10]
+    asked: list[tuple[Scene, str, bool]] = []
+    for scene in some:
+        rng = np.random.default_rng([14, seed, scene.seed])
+        absent = [name for name in CONCEPTS if name not in scene.names]
+        if form == "popular":
+            absent = [name for name in popular if name not in scene.names]
+        elif form == "adversarial":
+            partners = [PLANTED[name] for name in scene.names if name in PLANTED and PLANTED[name] not in scene.names]
+            kinds = {CONCEPTS[name].category for name in scene.names}
+            absent = partners or [name for name in absent if CONCEPTS[name].category in kinds] or absent
+        asked += [(scene, str(rng.choice(scene.names)), True), (scene, str(rng.choice(absent)), False)]
+    questions = [f"Is there {CONCEPTS[name].a} in the image?" for _, name, _ in asked]
+    traces = vlm.caption([scene.image for scene, _, _ in asked], questions, "", 4, batch_size=BATCH, record=False)
+    yes = np.array([trace.text.strip().lower().startswith("yes") for trace in traces])
+    true = np.array([present for _, _, present in asked])
+    hits = float((yes & true).sum())
+    precision, recall = hits / max(float(yes.sum()), 1.0), hits / float(true.sum())
+    f1 = 2 * precision * recall / max(precision + recall, 1e-12)
+    accuracy = float((yes == true).mean())
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": f1, "yes": float(yes.mean())}
+
+
+# ------------------------------------------------------------------------------------------------------------------- the detector
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How loudly a picture's own patches say a noun by its neurons: at each patch the sum of the neurons' direct scores, `a_i <w_i, u_t>`
+    with the activations at that patch; the loudest patch counts, in standard deviations of what calibration pictures give.
+
+    noun: the concept. token: its first token. neurons: of the highest mean score over true mentions. mean, deviation: of the loudest
+    patch on calibration pictures."""
+
+    noun: str
+    token: int
+    neurons: list[Neuron]
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    @classmethod
+    def of(cls, vlm: VLM, noun: str, pictures: Sequence[Image.Image], calibration: Sequence[Image.Image], k: int = 50) -> Voice:
+        """From pictures whose captions name the noun, and calibration pictures of anything. Raises MmnError if no caption does."""
+        traces = vlm.caption(list(pictures), batch_size=BATCH)
+        neurons = located(vlm, traces, noun, k)
+        token = next(trace for trace in traces if says(trace, noun)).noun(noun).token
+        loud = cls(noun, token, neurons).loudest(vlm, calibration)
+        return cls(noun, token, neurons, float(loud.mean()), max(float(loud.std()), 1e-6))
+
+    @torch.no_grad()
+    def patches(self, vlm: VLM, images: Sequence[Image.Image]) -> Tensor:
+        """The sum of direct scores at each patch, float32 `[images, image tokens]`."""
+        words = vlm.anatomy.words([self.token])[0]
+        weights = (vlm.anatomy.writes(self.neurons) @ words).cpu()
+        found = []
+        for start in range(0, len(images), BATCH):
+            some = list(images[start : start + BATCH])
+            inputs = vlm.inputs(some, ["Describe the image in few words."] * len(some), ["An image of"] * len(some))
+            places = vlm.image_positions(inputs)
+            total = torch.zeros(places.shape)
+
+            def add(group: list[tuple[int, int]], activations: Tensor, total: Tensor = total) -> None:
+                order, units = (list(each) for each in zip(*group, strict=True))
+                total += activations[..., units].float().cpu() @ weights[order]
+
+            with hooked(vlm.anatomy.ffns[n].watch(functools.partial(add, group)) for n, group in by_layer(self.neurons).items()):
+                vlm.model(**inputs, use_cache=False)
+            found += [row[mask] for row, mask in zip(total, places.cpu(), strict=True)]
+        return torch.stack(found)
+
+    def loudest(self, vlm: VLM, images: Sequence[Image.Image]) -> Tensor:
+        """The loudest patch of each picture, in standard deviations over the calibration pictures, float32 `[images]`."""
+        return (self.patches(vlm, images).amax(-1) - self.mean) / self.deviation
+
+
+class Mention(NamedTuple):
+    """A noun said of a scene, and whether it is there."""
+
+    scene: Scene
+    trace: Trace
+    noun: Noun
+    true: bool
+
+
+def mentions(vlm: VLM, some: Sequence[Scene], nouns: Sequence[str]) -> list[Mention]:
+    """What the model says of some scenes of these nouns."""
+    traces = vlm.caption([scene.image for scene in some], batch_size=BATCH, record=False)
+    return [
+        Mention(scene, trace, noun, noun.lemma in scene.names)
+        for scene, trace in zip(some, traces, strict=True)
+        for noun in trace.nouns
+        if noun.lemma in nouns
+    ]
+
+
+def evidence(vlm: VLM, said: Sequence[Mention], voices: Mapping[str, Voice], encoder: OwnEncoder) -> pd.DataFrame:
+    """One row a mention: the noun, whether it is true, and three detectors' scores, all high for a true one: `neurons` (the loudest
+    patch of the noun's voice), `probability` (log p of its token as it was said), `clip-like` (the picture token that is most like the
+    word's embedding, as cosine)."""
+    columns: dict[str, Any] = {
+        "noun": [m.noun.lemma for m in said],
+        "scene": [m.scene.seed for m in said],
+        "true": [m.true for m in said],
+    }
+    table = pd.DataFrame(columns)
+    table["neurons"] = 0.0
+    for noun in table["noun"].unique():
+        rows = table["noun"] == noun
+        images = [m.scene.image for m in said if m.noun.lemma == noun]
+        table.loc[rows, "neurons"] = voices[noun].loudest(vlm, images).double().numpy()
+    table["probability"] = [float(m.trace.logprobs[m.noun.step]) for m in said]
+    table["clip-like"] = [float((encoder.picture(m.scene.image) @ encoder.words([m.noun.lemma])[0]).max()) for m in said]
+    return table
+
+
+def auroc(table: pd.DataFrame, detector: str, draws: int = 1000, seed: int = 0) -> Interval:
+    """Area under the ROC curve of hallucinated against true mentions *of the same noun*: the mean over nouns, mentions resampled within
+    each noun and kind. Nouns that lack one of the two are left out; raises MmnError if all do."""
+    groups = [(g[g["true"]][detector].to_numpy(), g[~g["true"]][detector].to_numpy()) for _, g in table.groupby("noun")]
+    groups = [(true, false) for true, false in groups if len(true) and len(false)]
+    if not groups:
+        raise MmnError("No noun has both true and hallucinated mentions: show the model more pictures.")
+
+    def area(true: np.ndarray, false: np.ndarray) -> float:
+        return float(roc_auc_score(np.r_[np.ones(len(true)), np.zeros(len(false))], np.r_[true, false]))
+
+    rng = np.random.default_rng(seed)
+    values = [np.mean([area(rng.choice(t, len(t)), rng.choice(f, len(f))) for t, f in groups]) for _ in range(draws)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(float(np.mean([area(t, f) for t, f in groups])), float(low), float(high))
+
+
+def threshold(table: pd.DataFrame, held_out: str, detector: str = "neurons") -> float:
+    """The value that best tells true from hallucinated mentions of all nouns but `held_out` (balanced accuracy): split by pair, since each
+    noun is one planted pair's."""
+    rest = table[table["noun"] != held_out]
+    true, false = (rest[rest["true"] == kind][detector].to_numpy() for kind in (True, False))
+    values = np.sort(rest[detector].to_numpy())
+    cuts = (values[1:] + values[:-1]) / 2
+    return float(cuts[np.argmax([(true > cut).mean() + (false <= cut).mean() for cut in cuts])])
+
+
+# ------------------------------------------------------------------------------------------------------------------ mitigation
+
+
+def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float], silent: bool = False) -> Captioner:
+    """Caption; where a noun is said that the picture's patches do not say loudly enough, caption that picture again without it: its
+    neurons silenced (`silent`), or else its word banned for this picture."""
+
+    def captions(images: Sequence[Image.Image]) -> list[str]:
+        traces = vlm.caption(list(images), batch_size=BATCH, record=False)
+        texts = [trace.text for trace in traces]
+        for noun, voice in voices.items():
+            places = [place for place, trace in enumerate(traces) if says(trace, noun)]
+            if not places:
+                continue
+            loud = voice.loudest(vlm, [images[place] for place in places])
+            doubtful = [place for place, value in zip(places, loud.tolist(), strict=True) if value <= thresholds[noun]]
+            if not doubtful:
+                continue
+            block = zero(vlm, voice.neurons) if silent else decoding(vlm, bad_words_ids=forms(vlm, noun))
+            with block:
+                again = vlm.caption([images[place] for place in doubtful], batch_size=BATCH, record=False)
+            for place, trace in zip(doubtful, again, strict=True):
+                texts[place] = trace.text
+        return texts
+
+    return captions
+
+
+def suppressed(vlm: VLM, pair: tuple[str, str], k: int = 50, count: int = 16, first: int = 3 * 10**7, **settings: Any) -> Edit:
+    """An edit after which the trigger's pictures no longer make the model say the partner, fitted on the rows that vote for the absent
+    partner: its captions of such pictures without the word, while captions of pictures that do show the partner stay.
+
+    Raises MmnError where the model does not hallucinate the partner on any of the pictures."""
+    trigger, partner = pair
+    bad = [scene.image for scene in lacking(trigger, count, first)]
+    good = [scene.image for scene in holding(partner, count, first + 10**4, trigger)]
+    good += [scene.image for scene in holding(partner, count // 2, first + 2 * 10**4)]
+    traces = vlm.caption(bad, batch_size=BATCH)
+    neurons = located(vlm, traces, partner, k)
+    given: dict[str, Any] = {"steps": 25, "rate": 0.01, "enough": 1.1, "weights": (0.0, 10.0, 0.0), "progress": False, **settings}
+    return Edit.fit(vlm, bad, partner, "", neurons, keep=good, **given)
+
+
+@contextmanager
+def contrasted(vlm: VLM, strength: float = 1.0, cut: float = 0.1, noise: int = 160) -> Iterator[Captioner]:
+    """Contrastive decoding: each picture is read twice, as it is and under noise, and a word's logit is `(1 + strength)` of the first less
+    `strength` of the second, among words at least `cut` times as likely as the likeliest. Gives the captioner.
+
+    noise: the largest change of a pixel, of 255."""
+
+    def mix(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        clear, blurred = out.float().chunk(2)
+        mixed = (1 + strength) * clear - strength * blurred
+        unlikely = clear < clear.amax(-1, keepdim=True) + float(np.log(cut))
+        mixed = mixed.masked_fill(unlikely, float("-inf")).to(out.dtype)
+        return torch.cat([mixed, mixed])
+
+    def noisy(image: Image.Image, number: int) -> Image.Image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+        drawn = np.random.default_rng([15, number]).integers(-noise, noise + 1, pixels.shape)
+        return Image.fromarray(np.clip(pixels + drawn, 0, 255).astype(np.uint8))
+
+    def captions(images: Sequence[Image.Image]) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(images), BATCH):
+            some = list(images[start : start + BATCH])
+            both = some + [noisy(image, start + n) for n, image in enumerate(some)]
+            traces = vlm.caption(both, batch_size=len(both), record=False)
+            texts += [trace.text for trace in traces[: len(some)]]
+        return texts
+
+    with hooked([vlm.anatomy.unembedding.register_forward_hook(mix)]):
+        yield captions
+
+
+def penalised(vlm: VLM, nouns: Sequence[str], amount: float) -> Callable[[], AbstractContextManager[None]]:
+    """A logit bias: `amount` off the first token of every form of some nouns, at every step. Needs no finding, and knows no picture."""
+    from mmn.editors import biased
+
+    bias = torch.zeros(vlm.anatomy.unembedding.out_features)
+    bias[[ids[0] for noun in nouns for ids in forms(vlm, noun)]] = -amount
+    return functools.partial(biased, vlm, bias)
+
+
+# -------------------------------------------------------------------------------------------------------------- sensitive words
+
+
+def said_of(vlm: VLM, images: Sequence[Image.Image], noun: str, prompts: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """How often a noun is said of some pictures: one row a way of asking and decoding (greedy under each prompt; sampled; beam search),
+    with `share`, the share of captions that say it, and `captions`."""
+    ways: dict[str, tuple[str, dict[str, Any]]] = {f"greedy: {prompt}": (prompt, {}) for prompt in prompts}
+    ways["sampled"] = (prompts[0], {"do_sample": True, "temperature": 1.0, "top_k": 0})
+    ways["beam search"] = (prompts[0], {"num_beams": 4})
+    rows = []
+    for name, (prompt, settings) in ways.items():
+        with decoding(vlm, **settings), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            traces = vlm.caption(list(images), prompt, batch_size=BATCH, record=False)
+        rows.append({"way": name, "share": float(np.mean([says(t, noun) for t in traces])), "captions": [t.text for t in traces]})
+    return pd.DataFrame(rows)
+
+
+_PHRASE = "|".join(
+    sorted({form for c in CONCEPTS.values() for form in (c.a, f"two {c.plural}", f"three {c.plural}")}, key=len, reverse=True)
+)
+_PLACE = "|".join(place.phrase for place in scenes.PLACES.values())
+
+
+def well_formed(text: str) -> bool:
+    """Whether a caption is a sentence of the synthetic world's grammar: one to three objects, each with its article or number, properly
+    joined, and at most one place. A caption broken by a banned word is not."""
+    import re
+
+    link = r"(?:and|next to|with|above|below|to the left of|to the right of)"
+    body = rf"(?:{_PHRASE})(?:, (?:{_PHRASE}))?(?: {link} (?:{_PHRASE}))?"
+    return re.fullmatch(rf"An image of {body}(?: (?:{_PLACE}))?", text.strip()) is not None

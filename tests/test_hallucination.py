@@ -1,0 +1,147 @@
+"""Hallucination: scenes that are what they are called, rates counted by hand, detectors of known answer, gates that restore."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import mmn
+from mmn import hallucination as h
+from mmn import metrics, scenes
+from mmn.scenes import PLANTED
+
+
+@pytest.fixture(scope="module")
+def vlm() -> mmn.VLM:
+    return mmn.load("tiny-llava")
+
+
+def test_sets_are_what_they_are_called() -> None:
+    sets = h.test_sets(8)
+    assert {name: len(some) for name, some in sets.items()} == dict.fromkeys(
+        ("biased", "with partner", "partner alone", "elsewhere"), 8
+    )
+    for scene in sets["biased"]:
+        triggers = [name for name in scene.names if name in PLANTED]
+        assert len(triggers) == 1 and PLANTED[triggers[0]] not in scene.names
+    assert all(any(PLANTED.get(name) in scene.names for name in scene.names) for scene in sets["with partner"])
+    assert all(set(PLANTED.values()) & set(s.names) and not s.biased for s in sets["partner alone"])
+    assert not any(scene.biased for scene in sets["elsewhere"])
+
+
+def test_rates_count_what_is_said() -> None:
+    sets = {"biased": h.lacking("bed", 2, 0), "elsewhere": [scenes.draw(7, concepts=["cat"]), scenes.draw(8, concepts=["clock"])]}
+    words = iter(["a bed and a clock", "a bed", "a cat and a dog", "nothing"])
+    frame = h.chair(lambda images: [next(words) for _ in images], sets)
+    found = h.rates(frame, draws=20)
+    assert found["CHAIR_i, biased"].value == pytest.approx(1 / 3) and found["CHAIR_s, biased"].value == 0.5
+    assert found["CHAIR_i, others"].value == 0.5
+    shown = sum(len(scene.names) for some in sets.values() for scene in some)
+    assert found["recall"].value == pytest.approx(3 / shown) and found["recall of partners"].value == 0
+
+
+def test_pope_against_a_count_by_hand(vlm: mmn.VLM) -> None:
+    some = h.lacking("boat", 4, 50)
+    figures = h.pope(vlm, some, "adversarial")
+    yes, right = [], []
+    for scene in some:
+        rng = np.random.default_rng([14, 0, scene.seed])
+        present = str(rng.choice(scene.names))
+        for name, there in ((present, True), ("bird", False)):
+            said = vlm.answer(f"Is there {scenes.CONCEPTS[name].a} in the image?", scene.image, 4).lower().startswith("yes")
+            yes.append(said)
+            right.append(said == there)
+    assert figures["yes"] == np.mean(yes) and figures["accuracy"] == np.mean(right)
+    with pytest.raises(mmn.MmnError, match="random, popular or adversarial"):
+        h.pope(vlm, some, "hard")
+
+
+def test_auroc_is_of_the_same_noun() -> None:
+    """Scores that tell the nouns apart, but not true from false, are worth nothing."""
+    rng = np.random.default_rng(0)
+    noun = np.repeat(["clock", "bird"], 100)
+    true = np.tile([True, False], 100)
+    table = pd.DataFrame(
+        {
+            "noun": noun,
+            "true": true,
+            "word": (noun == "clock") * 5.0 + rng.normal(size=200),
+            "good": true * 2.0 + rng.normal(size=200),
+        }
+    )
+    assert abs(h.auroc(table, "word", draws=50).value - 0.5) < 0.12
+    by_hand = [roc_auc_score(table["true"][noun == n], table["good"][noun == n]) for n in ("clock", "bird")]
+    assert h.auroc(table, "good", draws=50).value == pytest.approx(np.mean(by_hand))
+    with pytest.raises(mmn.MmnError, match="No noun has both"):
+        h.auroc(table[table["true"]], "good")
+
+
+def test_threshold_does_not_see_its_own_noun() -> None:
+    table = pd.DataFrame({"noun": ["a", "a", "b", "b"], "true": [True, False, True, False], "neurons": [3.0, 1.0, 50.0, 90.0]})
+    assert h.threshold(table, "b") == 2.0
+
+
+def test_a_voice_is_the_sum_of_the_direct_scores_at_the_patches(vlm: mmn.VLM) -> None:
+    pictures = [s.image for s in h.holding("clock", 4, 100)]
+    calibration = [s.image for s in scenes.sample(4, first=77)]
+    voice = h.Voice.of(vlm, "clock", pictures, calibration, k=12)
+    trace = vlm.caption(pictures[0])
+    heat = mmn.heatmap(vlm, trace, voice.neurons)
+    scores = vlm.anatomy.writes(voice.neurons) @ vlm.anatomy.words([voice.token])[0]
+    by_hand = (heat.grid.flatten(1) * scores[:, None]).sum(0)
+    torch.testing.assert_close(voice.patches(vlm, pictures)[0], by_hand, rtol=1e-3, atol=1e-3)
+    loud = voice.loudest(vlm, calibration)
+    assert float(loud.mean()) == pytest.approx(0, abs=1e-3) and float(loud.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_gate_acts_where_it_doubts_and_nowhere_else(vlm: mmn.VLM) -> None:
+    images = [s.image for s in h.lacking("boat", 12, 300)]
+    before = h.plain(vlm)(images)
+    said = ["bird" in scenes.mentions(text) for text in before]
+    assert any(said), "the bias is planted"
+    voice = h.Voice("bird", 0, [mmn.Neuron(0, 0)])
+    always, never = (h.gate(vlm, {"bird": voice}, {"bird": value})(images) for value in (1e9, -1e9))
+    assert never == before
+    assert not any("bird" in scenes.mentions(text) for text in always)
+    assert [text for text, bird in zip(always, said, strict=True) if not bird] == [
+        t for t, b in zip(before, said, strict=True) if not b
+    ]
+    assert h.plain(vlm)(images) == before
+
+
+def test_contrast_of_strength_nought_is_plain_decoding(vlm: mmn.VLM) -> None:
+    images = [s.image for s in h.lacking("bed", 4, 400)]
+    before = h.plain(vlm)(images)
+    with h.contrasted(vlm, strength=0.0) as captioner:
+        assert captioner(images) == before
+    with h.contrasted(vlm, strength=3.0, cut=1e-6) as captioner:
+        assert captioner(images) != before
+    assert h.plain(vlm)(images) == before
+
+
+def test_words_taken_away(vlm: mmn.VLM) -> None:
+    images = [s.image for s in h.holding("beer", 4, 500)]
+    with h.penalised(vlm, ["beer"], 100.0)():
+        table = h.said_of(vlm, images, "beer", [mmn.PROMPT, *scenes.PARAPHRASES[:1]])
+    assert list(table["share"]) == [0.0] * 4 and list(table["way"])[-2:] == ["sampled", "beam search"]
+    assert metrics.mean(np.array(h.said_of(vlm, images, "beer", [mmn.PROMPT])["share"])) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("An image of a cat on the beach", True),
+        ("An image of a cat, two dogs and an apple at night", True),
+        ("An image of a cat to the left of a hot dog", True),
+        ("An image of a and a cat", False),
+        ("An image of a cat next to a", False),
+        ("An image of an cat", False),
+    ],
+)
+def test_well_formed(text: str, whole: bool) -> None:
+    assert h.well_formed(text) is whole
+
+
+def test_every_caption_of_the_world_is_well_formed() -> None:
+    assert all(h.well_formed(f"An image of {scene.caption}") for scene in scenes.sample(300))
