@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmn import weights
 from mmn.errors import MmnError
 
 Watcher = Callable[[Tensor], Tensor | None]
@@ -76,12 +78,12 @@ class FFN:
 
     def write(self, units: Sequence[int]) -> Tensor:
         """The writes of some neurons, float32 `[units, hidden]`."""
-        return self.projection.weight.detach()[:, list(units)].T.float()
+        return weights.columns(self.projection, units)
 
     def read(self, directions: Tensor) -> Tensor:
         """Inner product of every write with some directions `[n, hidden]`: float32 `[n, neurons]`. One product reads the
         weights once."""
-        weight = self.projection.weight.detach()
+        weight = weights.matrix(self.projection)
         return directions.to(weight.device, torch.float32) @ weight.float()
 
     def watch(self, watcher: Watcher) -> Handles:
@@ -174,12 +176,16 @@ class Experts(FFN):
 
     def activations(self, *given: Any) -> Tensor:
         """Activations `[rows, neurons]` when the module is called with rows `[rows, hidden]`, the experts chosen for each
-        `[rows, chosen]` and their weights; or with `[experts * rows, hidden]` alone, the weights in it already."""
+        `[rows, chosen]` and their weights; with weights for all experts `[rows, experts]`; or with `[experts * rows, hidden]`
+        alone, the weights in it already."""
         rows, routing = given[0].flatten(0, -2), given[1:]
         experts, _, width = self.weight.shape
         if not routing:
             return self._passed_on(rows).unflatten(0, (experts, -1)).transpose(0, 1).flatten(1)
-        chosen = next(each for each in routing if not each.is_floating_point())
+        chosen = next((each for each in routing if not each.is_floating_point()), None)
+        if chosen is None:  # all experts, each alone
+            alone = routing[0].reshape(-1, 1, experts) * torch.eye(experts, device=rows.device, dtype=rows.dtype)
+            return self._passed_on(rows.repeat_interleave(experts, 0), alone.flatten(0, 1)).unflatten(0, (-1, experts)).flatten(1)
         single = [each.reshape(-1, 1) for each in routing]
         seen = self._passed_on(rows.repeat_interleave(chosen.shape[-1], 0), *single).unflatten(0, chosen.shape)
         place = torch.arange(len(rows), device=chosen.device)[:, None].expand_as(chosen), chosen
@@ -394,7 +400,7 @@ class Anatomy:
     @property
     def device(self) -> torch.device:
         """Where the unembedding is."""
-        return self.unembedding.weight.device
+        return weights.device(self.unembedding)
 
     def image_positions(self, ids: Tensor) -> Tensor:
         """Which positions of the stream hold the picture, bool `[batch, positions]`, when a prompt of `ids` is read."""
@@ -405,7 +411,7 @@ class Anatomy:
 
     def words(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """The unembedding's rows of some tokens, float32 `[tokens, hidden]`."""
-        return self.unembedding.weight.detach()[torch.as_tensor(tokens, device=self.device)].float()
+        return weights.matrix(self.unembedding)[torch.as_tensor(tokens, device=self.device)].float()
 
     def writes(self, neurons: Sequence[Neuron]) -> Tensor:
         """The writes of some neurons, in their order, float32 `[neurons, hidden]`."""
@@ -482,8 +488,8 @@ def find(model: Any) -> Anatomy:
     hidden = unembedding.in_features
     probe = _Probe(model, hidden)
     stack, ffns = _ffns(probe, hidden)
-    token = getattr(model.config, "image_token_id", None)
-    token = getattr(model.config, "image_token_index", None) if token is None else token
+    names = ("image_token_id", "image_token_index", "video_token_index")  # the last where pictures are read as short films
+    token = next((token for name in names if (token := getattr(model.config, name, None)) is not None), None)
     return Anatomy(probe.decoder, list(stack), ffns, probe.final_norm(stack, hidden), unembedding, token)
 
 
@@ -538,22 +544,29 @@ class _Probe:
             self.calls[module] = tuple(each.detach() for each in given), out.detach()
 
     def _run(self, model: Any) -> None:
-        table = model.get_input_embeddings().weight
+        table = weights.matrix(model.get_input_embeddings())
         ids = (torch.arange(WORDS) * 7 + 11).remainder(table.shape[0])[None].to(table.device)
         reasons = []
-        # The model itself where it reads words alone, else the language model inside it.
-        for module in dict.fromkeys((model, getattr(model, "language_model", None), self.decoder)):
-            for given in ({"input_ids": ids}, {"inputs_embeds": torch.nn.functional.embedding(ids, table)}):
-                if module is None:
-                    continue
-                for kept in (self.inputs, self.leaves, self.outputs, self.calls, self.order):
-                    kept.clear()
-                try:
-                    with torch.enable_grad():
-                        module(**given, use_cache=False)
-                    return
-                except Exception as error:  # what it wants beside words is its own affair
-                    reasons.append(f"{type(module).__name__}: {str(error).strip().splitlines()[:1]}")
+        # The model itself where it reads words alone, else the language model inside it, else the model with a picture.
+        words: list[dict[str, Any]] = [{"input_ids": ids}, {"inputs_embeds": torch.nn.functional.embedding(ids, table)}]
+        side = getattr(getattr(model.config, "vision_config", None), "image_size", 0)
+        side = side if isinstance(side, int) else 0
+        picture = torch.ones(1, 1, 3, side, side, device=table.device, dtype=table.dtype)
+        seen = {"input_ids": ids, "pixel_values": picture, "image_attention_mask": ids.new_ones(1, WORDS, 1)}
+        tries = [
+            (m, given) for m in dict.fromkeys((model, getattr(model, "language_model", None), self.decoder)) for given in words
+        ]
+        for module, given in [*tries, (model, seen)]:
+            if module is None:
+                continue
+            for kept in (self.inputs, self.leaves, self.outputs, self.calls, self.order):
+                kept.clear()
+            try:
+                with torch.enable_grad():
+                    module(**given, use_cache=False)
+                return
+            except Exception as error:  # what it wants beside words is its own affair
+                reasons.append(f"{type(module).__name__}: {str(error).strip().splitlines()[:1]}")
         raise MmnError(f"The model could not be run on words alone, so its parts were not found; {reasons[0]}.")
 
     def reaches(self, result: Tensor, leaf: Tensor) -> bool:
@@ -584,7 +597,7 @@ class _Probe:
         """The last norm that ran behind the last layer, None where there is none."""
         last = max((self.order.index(layer) for layer in stack if layer in self.order), default=0)
         inside = {module for layer in stack for module in layer.modules()}
-        norms = [m for m in self.order[last:] if m not in inside and _is_norm(m, hidden)]
+        norms = [m for m in self.order[last:] if m not in inside and is_norm(m, hidden)]
         return norms[-1] if norms else None
 
 
@@ -615,9 +628,11 @@ def _decoder(model: Any) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
-def _is_norm(module: nn.Module, hidden: int) -> bool:
+def is_norm(module: nn.Module, hidden: int) -> bool:
+    """Whether a module can be a norm of the stream: all it has are vectors of its width, and it reads one thing."""
     shapes = [tuple(p.shape) for p in module.parameters()]
-    return bool(shapes) and all(shape == (hidden,) for shape in shapes)
+    alone = len(inspect.signature(module.forward).parameters) == 1 and not any(True for _ in module.children())
+    return bool(shapes) and alone and all(shape == (hidden,) for shape in shapes)
 
 
 def _ffns(probe: _Probe, hidden: int) -> tuple[nn.ModuleList, list[FFN]]:
@@ -709,8 +724,20 @@ def _gate(probe: _Probe, layer: nn.Module, projection: nn.Linear) -> nn.Module |
     return near[-1] if near else None
 
 
-def image_grid(count: int) -> tuple[int, int]:
-    """Rows and columns of `count` image tokens that stand for a square picture. Raises MmnError where they cannot."""
+def image_grid(count: int, inputs: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
+    """Rows and columns of the `count` image tokens of one picture, given what the model reads: the grid that its processor names,
+    in patches, of which a square of several may make one token; else a square. Raises MmnError where there is none."""
+    inputs = inputs or {}
+    for name in ("image_grid_thw", "image_grid_hws", "image_grid_hw", "spatial_shapes"):
+        if name in inputs and len(inputs[name]) == 1 and count:
+            height, width = inputs[name][0, -2:].tolist()
+            side = (height * width / count) ** 0.5
+            if round(height / side) * round(width / side) == count:
+                return round(height / side), round(width / side)
+    pixels = inputs.get("pixel_values")
+    tiles = 1 if pixels is None or pixels.ndim not in (4, 5) else pixels.shape[pixels.ndim - 4]
+    if tiles > 1:
+        raise MmnError(f"The picture is read as {tiles} tiles, whose image tokens are no one grid, so there is no heatmap to draw.")
     side = round(count**0.5)
     if side * side != count or count == 0:
         raise MmnError(f"{count} image tokens are no square grid, so there is no heatmap to draw for this model.")
@@ -729,7 +756,7 @@ def describe(model: Any, anatomy: Anatomy) -> str:
         kinds.setdefault(tuple(_kind(part, {m: name[start:] for m, name in names.items()}) for part in parts(ffn)), []).append(
             index
         )
-    tied = anatomy.unembedding.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    tied = anatomy.unembedding.weight is model.get_input_embeddings().weight
     rows = [("decoder", names[anatomy.decoder] or "the model itself")]
     rows.append(("layers", f"{names[anatomy.layers[0]]} ... {names[anatomy.layers[-1]]}"))
     for kind, indices in kinds.items():

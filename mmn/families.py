@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
 
-from mmn.anatomy import FFN, Anatomy, Experts, Mixture, Neuron, find, is_linear, overlooked, parts
+from mmn.anatomy import FFN, Anatomy, Experts, Mixture, Neuron, find, is_linear, is_norm, overlooked, parts
 from mmn.errors import MmnError
 from mmn.vlm import quiet
 
@@ -48,13 +48,15 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     "moe_shared_expert_intermediate_size": 16,
     **dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "hidden_dropout_prob"), 0.0),
-    **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE),
+    **dict.fromkeys(("image_token_id", "image_token_index", "image_patch_id"), IMAGE),
     "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512, "image_size": 32, "patch_size": 8, "num_query_tokens": 4,
     "n_group": 1, "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "video_token_id": 4,
     "video_token_index": 4, "audio_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7, "image_start_token_id": 6,
     "image_end_token_id": 7, "logit_scale": 0.5, "final_logit_softcapping": 2.0, "block_auto_adjust_ff_dim": False,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
-    "logits_scaling": 2.0,
+    "logits_scaling": 2.0, "attn_logit_softcapping": 2.0, "attention_multiplier": 0.4, "routed_scaling_factor": 1.7,
+    "moe_router_scaling_factor": 1.7, "first_k_dense_replace": 1, "top_k_experts": 2, "sliding_window": 6, "index_topk": 64,
+    "index_head_dim": 8, "index_n_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
 # What a family needs beside that: its own checks of its configuration, and rotary sections that fit small heads.
@@ -67,9 +69,95 @@ EXTRA: dict[str, dict[str, Any]] = {
         name: {"text_config": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}}
         for name in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")
     },
-    "chameleon": {"vocabulary_map": {"<image>": IMAGE}, "vq_config": {"base_channels": 32, "num_embeddings": 16}},
-    "emu3": {"vocabulary_map": {"<image>": IMAGE}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    **dict.fromkeys(("gemma4", "gemma4_unified", "diffusion_gemma"), {"vision_config": {"pooling_kernel_size": 2}}),
+    "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 192}},
+    **dict.fromkeys(
+        ("unlimited_ocr", "deepseek_ocr2"),
+        {
+            "vision_config": {
+                "sam_config": {
+                    "image_size": 64,
+                    "patch_size": 8,
+                    "output_channels": 32,
+                    "mlp_dim": 48,
+                    "window_size": 4,
+                    "downsample_channels": [32, 32],
+                    "global_attn_indexes": [1],
+                    "mlp_ratio": 1.5,
+                },
+                "encoder_config": {"max_position_embeddings": 64, "num_key_value_heads": 4},
+            },
+            "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        },
+    ),
+    "llama4": {
+        "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128},
+        "text_config": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
+    },
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}}},
+    "mistral4": {"head_dim": 16, "num_key_value_heads": 4},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
+    "step3p7": {"text_config": {"num_key_value_heads": 4, "share_expert_dim": 16, "num_sliding_attention_heads": 4}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [16, 16]}
+    },
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0}},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0], [-2, 1]],
+        "spatial_target_layers": [2],
+        "image_grid_pinpoints": [[32, 64], [64, 32]],
+        "vision_config": {"hidden_size": 64},
+        "qformer_config": {"hidden_size": 64},
+    },
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 32], "depths": [1, 1, 1, 1]},
+        "text_config": {"moe_hidden_size": 16},
+        "projector_hidden_size": 32,
+        "out_hidden_size": 128,
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2, "max_img_size": 64}, "vision_hidden_size": 32},
+    "dots3_note": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "per_layer_config": {},
+            "shared_experts_intermediate_size": 16,
+            "rope_parameters": None,
+        },
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "per_layer_config": {}},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "num_key_value_heads": 4, "downsample_hidden_size": 8},
+    },
+    "chameleon": {
+        "vocabulary_map": {"<image>": IMAGE} | {f"IMGIMG{chr(65 + i)}Z": 30 + i for i in range(8)},
+        "vq_config": {
+            "base_channels": 32,
+            "num_embeddings": 8,
+            "channel_multiplier": [1, 1],
+            "latent_channels": 32,
+            "resolution": 32,
+        },
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 29} | {f"<|visual token {i:06}|>": 30 + i for i in range(8)},
+        "vq_config": {"base_channels": 32, "codebook_size": 8, "channel_multiplier": [1, 1, 1, 1], "num_attention_heads": 1},
+    },
+    "janus": {
+        "vision_config": {"num_image_tokens": 16},
+        "vq_config": {
+            "base_channels": 32,
+            "num_embeddings": 8,
+            "channel_multiplier": [1, 1],
+            "latent_channels": 32,
+            "image_token_embed_dim": 32,
+        },
+    },
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [2, 1]},
+        "vision_config": {"num_position_embeddings": 16, "image_size": [32, 32], "num_key_value_heads": 4},
+    },
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
     "idefics": {"vision_config": {"embed_dim": 32}, "cross_layer_interval": 1},
     "mllama": {
@@ -85,12 +173,22 @@ EXTRA: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": IMAGE},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "kimi_k25": {"text_config": {"num_key_value_heads": 4, "head_dim": 8}},
+    "kimi_k25": {"projection_hidden_size": 32, "text_config": {"num_key_value_heads": 4, "head_dim": 8}},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[32, 64], [64, 32]]}),
 }
-REASONS = {
-    "is_encoder_decoder": "an encoder-decoder: an encoder reads the picture, and no image token stands in the decoder's stream",
+ENCODER_DECODER = "an encoder-decoder: an encoder reads the picture, and no image token stands in the decoder's stream"
+LEFT_OUT = {
+    "blip": "between stream and unembedding stand one more map and a GELU, so that no neuron adds to the logits",
+    "diffusion_gemma": "it writes blocks of text by denoising them, so that no one step produces a token",
+    "ernie4_5_vl_moe": "words and picture go to experts of their own, in rows that do not say which position they are",
+    "evolla": "it reads proteins, not pictures",
+    "git": "it sets the picture in front of the prompt by itself, so that no token of the prompt stands for it",
+    "hunyuan_vl": "its positions number the pictures of a whole batch, so that what it reads depends on the batch's other rows",
+    "inkling2": "each layer reads a learned mixture of all that earlier ones wrote, so that there is no one stream to add to",
+    "muse_spark": "a norm stands behind each routed expert, so that its neurons add to nothing one by one",
+    "pi0": "it gives a robot's movements, not text",
+    "qwen4_exp": "what runs between its layers is several vectors a position, mixed at each layer",
 }
 
 
@@ -115,10 +213,15 @@ def small(config: PreTrainedConfig, extra: dict[str, Any]) -> PreTrainedConfig:
     given: dict[str, Any] = {}
     for key in config.sub_configs or {}:
         part = getattr(config, key, None)
+        part = config.sub_configs[key]() if part is None and key in extra else part
         if isinstance(part, PreTrainedConfig):
             given[key] = small(part, extra.get(key, {})).to_dict()
     has = config.to_dict()
     given |= {key: value for key, value in SMALL.items() if key in has and not isinstance(has[key], (list, tuple, dict))}
+    for key in ("layer_types", "mlp_layer_types"):
+        if isinstance(has.get(key), list) and isinstance(has.get("num_hidden_layers"), int):  # every kind of layer once
+            kinds = list(dict.fromkeys(has[key]))
+            given[key] = [kinds[i % len(kinds)] for i in range(SMALL["num_hidden_layers"])]
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(has.get(key), dict):
             given[key] = _sections(has[key])
@@ -131,10 +234,12 @@ def _sections(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(family: str, largest: float = 30e6) -> Any:
-    """A tiny random model of a family. Raises MmnError if it is an encoder-decoder or cannot be made small."""
+    """A tiny random model of a family. Raises MmnError if it is left out, an encoder-decoder, or cannot be made small."""
+    if family in LEFT_OUT:
+        raise MmnError(LEFT_OUT[family])
     config = CONFIG_MAPPING[family]()
     if config.is_encoder_decoder:
-        raise MmnError(REASONS["is_encoder_decoder"])
+        raise MmnError(ENCODER_DECODER)
     try:
         config = small(config, EXTRA.get(family, {}))
         kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -146,6 +251,9 @@ def build(family: str, largest: float = 30e6) -> Any:
         model = kind._from_config(config)
     except MmnError:
         raise
+    except ImportError as error:
+        package = re.search(r"requires the (\S+) library", str(error))
+        raise MmnError(f"it is built with {package.group(1) if package else 'a package'}, which is not installed") from error
     except Exception as error:
         raise MmnError(f"not built yet: {type(error).__name__}: {_line(error)}") from error
     return randomised(model.eval().requires_grad_(False))
@@ -175,31 +283,40 @@ def with_picture(model: Any, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of a prompt with one picture. Forms of pixels and numbers of image tokens are tried until the model takes them.
 
     Raises MmnError if none will do."""
-    reason = "no form of pixels was taken"
+    reasons: list[str] = []
     names = tuple(inspect.signature(model.forward).parameters)
-    if "pixel_values" not in names:
+    if "pixel_values" not in names and "flattened_patches" not in names:
         raise MmnError("reads no pictures: its forward takes no pixel_values")
     for pixels in _pixels(model, names, seed):
         taken: list[dict[str, Tensor]] = []
-        for count in range(1, MOST):
+        counts, told = list(range(1, MOST)), False
+        while counts:
+            count = counts.pop(0)
             ids = torch.cat([words(1, 2), torch.full((1, count), IMAGE), words(1, 4, seed=1)], 1)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-            for name in ("mm_token_type_ids", "token_type_ids"):
+            for name in ("mm_token_type_ids", "token_type_ids", "image_embeds_position_mask"):
                 if name in names:
                     inputs[name] = (ids == IMAGE).long()
+            for name, shape in (("cross_attention_mask", (1, 4)), ("image_attention_mask", (1,))):  # every word sees all
+                if name in names:
+                    inputs[name] = torch.ones(*ids.shape, *shape, dtype=torch.long)
             if "position_ids" in names and "rope_deltas" not in names and "mm_token_type_ids" not in names:
                 inputs["position_ids"] = torch.arange(ids.shape[1])[None]
             try:
                 logits(model, inputs)
                 taken.append(inputs)
+                if count == MOST - 1 and not told:
+                    counts = list(range(MOST, 5 * MOST))
             except Exception as error:
                 if taken:
                     break
-                reason = f"{type(error).__name__}: {_line(error)}"
+                reasons.append(f"{type(error).__name__}: {_line(error)}")
+                if not told and (found := re.search(r"features: (\d+)", str(error))):  # the model says how many, or their numbers
+                    counts, told = [int(found.group(1)) // 32, int(found.group(1))], True
         if taken:
             # The most that it takes is as many as it fills; a model that takes any number has no such tokens.
-            return taken[-1] if len(taken) < MOST - 1 else taken[0]
-    raise MmnError(f"no picture could be given yet: {reason}")
+            return taken[-1] if len(taken) < 5 * MOST - 1 else taken[0]
+    raise MmnError(f"no picture could be given: {'; '.join(dict.fromkeys(reasons))[:160]}")
 
 
 def _pixels(model: Any, names: tuple[str, ...], seed: int) -> Iterator[dict[str, Tensor]]:
@@ -218,6 +335,12 @@ def _pixels(model: Any, names: tuple[str, ...], seed: int) -> Iterator[dict[str,
         for patch in (8, 14, 16):
             yield {"pixel_values": noise(1, 16, 3, patch, patch), **grid}
             yield {"pixel_values": noise(16, 3, patch, patch), **grid}
+    if "flattened_patches" in names:  # each with its row and column
+        places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).float()[None]
+        yield {"flattened_patches": torch.cat([places, noise(1, 16, 192)], -1)}
+        return
+    if "image_grid_hw" in names:
+        yield {"pixel_values": noise(16, 192), "image_grid_hw": torch.tensor([[4, 4]])}
     beside: list[dict[str, Tensor]] = [{}]
     if "image_sizes" in names:
         beside.append({"image_sizes": torch.tensor([[32, 32]])})
@@ -232,8 +355,17 @@ def _pixels(model: Any, names: tuple[str, ...], seed: int) -> Iterator[dict[str,
         beside = [{"aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64), "aspect_ratio_mask": mask}]
     if "target_sizes" in names:
         beside = [{"target_sizes": torch.tensor([[4, 4]])}]
+    if "image_position_ids" in names:  # patches with their places
+        beside = [{"image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)[None]}]
+    if "image_token_pooling" in names:  # patches, and which of them make up each token
+        pooled = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+        beside = [
+            {"image_token_pooling": pooled, "image_grids": torch.tensor([[2, 2, 0, 0]]), "image_num_crops": torch.tensor([1])}
+        ]
+    if "tile_fine_mask" in names:
+        beside = [{"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}]
     shapes = [(1, 3, 32, 32), (1, 1, 3, 32, 32), *((1, tiles, 3, 32, 32) for tiles in (2, 3, 4, 5)), (1, 1, 4, 3, 32, 32)]
-    shapes += [(1, 3, 64, 64), (1, 1, 3, 64, 64), (1, 16, 192), (16, 192), (1, 3, 8, 128)]
+    shapes += [(1, 3, 64, 64), (1, 1, 3, 64, 64), (1, 16, 192), (1, 16, 768), (16, 192), (1, 3, 8, 128), (4, 2, 8, 8, 3)]
     for shape in shapes:
         for more in beside:
             yield {"pixel_values": noise(*shape), **more}
@@ -287,9 +419,10 @@ def _half(value: Tensor) -> Tensor:
 def halved(model: Any) -> Any:
     """The model in bfloat16 as `from_pretrained` would load it: what the family keeps in float32 stays so."""
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    model.to(torch.bfloat16)
     for name, value in model.state_dict(keep_vars=True).items():
-        if not any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept):
-            value.data = _half(value.data)
+        if value.is_floating_point() and any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept):
+            value.data = value.data.float()
     return model
 
 
@@ -418,19 +551,23 @@ def sees(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> tuple[int, 
             handle.remove()
         return kept[0], said
 
-    name = next(key for key in inputs if key.startswith("pixel"))
+    name = next(key for key in inputs if key in ("pixel_values", "flattened_patches"))
     one, first = embedded(inputs)
-    other, second = embedded(inputs | {name: inputs[name].flip(-1) + 0.5})
-    moved = (one != other).any(-1)
-    if one.shape[:2] != inputs["input_ids"].shape:
-        return int(moved.sum()), False
-    marked = inputs["input_ids"] == (-1 if anatomy.image_token is None else anatomy.image_token)
-    if not moved.any():
-        return 0, not torch.equal(first, second)
-    # Between rows of tiles some models put a learned mark that no picture changes, under the image token's id.
+    if one.shape != (*inputs["input_ids"].shape, anatomy.unembedding.in_features):
+        raise MmnError(f"what runs between its layers is not one vector a position but {' x '.join(map(str, one.shape[1:]))}")
+    moved, changed = torch.zeros(one.shape[:2], dtype=torch.bool), False
+    # Several, since a model that turns a picture into a few codes may give two of them the same one.
+    for picture in (inputs[name].flip(-1) + 0.5, -inputs[name], inputs[name].roll(1, -1), inputs[name] * 2, inputs[name].flip(-2)):
+        if name == "flattened_patches":  # which begin with their places
+            picture[..., :2] = inputs[name][..., :2]
+        other, second = embedded(inputs | {name: picture})
+        moved, changed = moved | (one != other).any(-1), changed or not torch.equal(first, second)
+    marked = inputs.get("image_embeds_position_mask", anatomy.image_positions(inputs["input_ids"])).bool()
+    if not moved.any() or (moved.all() and not marked.any()):  # it attends to the picture from its layers, or before the first
+        return 0, changed
+    # Around a picture and at the ends of its rows some models put learned marks that no picture changes, under the token's id.
     marks = one[marked & ~moved]
-    separators = not len(marks) or bool((marks == marks[0]).all())
-    return int(moved.sum()), separators and bool((marked | ~moved).all())
+    return int(moved.sum()), len(marks.unique(dim=0)) <= 3 and bool((marked | ~moved).all())
 
 
 def batches(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
@@ -449,7 +586,7 @@ def _batches(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     ids = inputs["input_ids"]
     longer, rows = {}, {}
     for name, value in inputs.items():
-        if value.shape == ids.shape:
+        if value.shape[:2] == ids.shape:
             more = words(1, 3, seed=5) if name == "input_ids" else value[:, -3:]
             more = value[:, -1:] + torch.arange(1, 4) if name == "position_ids" else more
             longer[name] = torch.cat([value, more], 1)
@@ -502,10 +639,9 @@ def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
 
     handles = []
     for module in model.modules():
-        shapes = [tuple(p.shape) for p in module.parameters()]
         if is_linear(module) or isinstance(module, nn.Embedding) or any(len(shape) == 3 for _, shape in _own(module)):
             handles.append(module.register_forward_hook(cut, with_kwargs=True))
-        elif shapes and all(shape == (hidden,) for shape in shapes) and not any(True for _ in module.children()):
+        elif is_norm(module, hidden):
             handles.append(module.register_forward_hook(_once(freeze)))
     target: list[Tensor] = []
     handles.append(anatomy.unembedding.register_forward_pre_hook(lambda _, args: target.append(args[0])))

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from mmn import nouns
+from mmn import nouns, weights
 from mmn.anatomy import Anatomy, find
 from mmn.errors import MmnError
 from mmn.paths import data_path
@@ -70,7 +70,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return self.model.get_input_embeddings().weight.device
+        return weights.device(self.model.get_input_embeddings())
 
     @property
     def hidden(self) -> int:

@@ -306,3 +306,14 @@ def test_image_grid() -> None:
     for count in (0, 32, 65):
         with pytest.raises(mmn.MmnError, match="no square grid"):
             image_grid(count)
+
+
+def test_image_grids_that_are_not_square() -> None:
+    """A processor's grid counts patches; tokens may stand for squares of 1, 4 or 9 of them."""
+    for rows, columns, side in ((2, 7, 2), (5, 3, 1), (4, 6, 3)):
+        for name, grid in (("image_grid_thw", [1, rows * side, columns * side]), ("spatial_shapes", [rows * side, columns * side])):
+            assert image_grid(rows * columns, {name: torch.tensor([grid])}) == (rows, columns)
+    for shape in ((4, 3, 8, 8), (1, 4, 3, 8, 8)):
+        with pytest.raises(mmn.MmnError, match="4 tiles"):
+            image_grid(16, {"pixel_values": torch.zeros(shape)})
+    assert image_grid(16, {"pixel_values": torch.zeros(1, 1, 3, 8, 8)}) == (4, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,25 +16,42 @@ from mmn.anatomy import describe, find
 
 # One of each kind: separators between tiles, Q-Former and flat positions, GELU and sandwich norms, scaled logits, cross layers,
 # rotary sections, patches of any size, no gate.
-KINDS = ["llava_next", "blip-2", "instructblip", "gemma3", "paligemma", "cohere2_vision", "qwen2_vl", "fuyu", "idefics3", "qwen3_5"]
+KINDS = ["llava_next", "blip-2", "instructblip", "gemma3", "cohere2_vision", "qwen2_vl", "fuyu", "mllama", "qwen3_5"]
+CONFORMING = 76  # of the 97 families of transformers 5.23
+# Routed experts: beside a shared one, in latent attention, weighted before they run, all run at once, between mixers.
+KINDS += ["qwen3_5_moe", "kimi_k25", "llama4", "inkling_mm_model", "nemotron_h_omni"]
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_kinds(family: str) -> None:
     row = families.check(family)
     assert row.conforms, row
-    assert row.neurons > 0 and row.image_tokens > 0 and all(row.checks.values())
+    assert row.neurons > 0 and (row.image_tokens > 0) == (family != "mllama") and all(row.checks.values())
 
 
-def test_at_least_forty_families_conform(capsys: pytest.CaptureFixture) -> None:
+def test_the_table(capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    families.add_arguments(parser)
+    assert families.run(parser.parse_args(["llava", "florence2", "--json"])) == 0
+    one, other = json.loads(capsys.readouterr().out)
+    assert one["family"] == "llava" and one["conforms"] and not one["reason"] and one["seconds"] > 0
+    assert one["neurons"] == 3 * 48 and one["image_tokens"] == 16 and all(one["checks"].values()) and len(one["checks"]) == 8
+    assert not other["conforms"] and "encoder-decoder" in other["reason"] and not other["checks"]
+    assert families.run(parser.parse_args(["florence2"])) == 0
+    assert "0 of 1 families conform." in capsys.readouterr().out
+
+
+@pytest.mark.skipif("MMN_ALL_FAMILIES" not in os.environ, reason="the whole table: a minute on a free core; MMN_ALL_FAMILIES=1")
+def test_the_whole_table(capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     families.add_arguments(parser)
     assert families.run(parser.parse_args(["--json"])) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["family"] for row in rows} == set(families.FAMILIES)
-    assert sum(row["conforms"] for row in rows) >= 40
+    assert sum(row["conforms"] for row in rows) >= CONFORMING
     for row in rows:
         assert bool(row["reason"]) != row["conforms"] and "\n" not in row["reason"]
+        assert row["conforms"] or not any(word in row["reason"] for word in ("yet", "fails", "Error")), row
     assert sum(row["seconds"] for row in rows) < 600
 
 
