@@ -43,8 +43,11 @@ def own(frame: pd.DataFrame) -> pd.DataFrame:
 
 def spread(vlm: VLM) -> float:
     """The root mean square of all numbers of all writes: the unit of sigma, so that noise means the same for every model."""
-    squares = sum(float(ffn.projection.weight.detach().float().square().sum()) for ffn in vlm.anatomy.ffns)
-    return (squares / sum(ffn.projection.weight.numel() for ffn in vlm.anatomy.ffns)) ** 0.5
+    squares, count = 0.0, 0
+    for ffn in vlm.anatomy.ffns:
+        writes = ffn.write(range(ffn.neurons))
+        squares, count = squares + float(writes.square().sum()), count + writes.numel()
+    return (squares / count) ** 0.5
 
 
 def another(vlm: VLM, case: Case) -> Case:
