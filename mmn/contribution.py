@@ -20,6 +20,7 @@ from mmn.hooks import hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
+from mmn.weights import device, matrix
 
 Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
 
@@ -70,7 +71,7 @@ def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
 def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """The direct score without what the neuron adds to every token alike, which softmax ignores: `u_t` less the mean row
     [ours]."""
-    weight = vlm.anatomy.unembedding.weight.detach()
+    weight = matrix(vlm.anatomy.unembedding)
     mean = weight.mean(0, dtype=torch.float32)
     return _projected(vlm, trace, nouns, vlm.anatomy.words([noun.token for noun in nouns]) - mean)
 
@@ -81,6 +82,25 @@ def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     assert trace.stream is not None
     words = vlm.anatomy.words([noun.token for noun in nouns])
     return _projected(vlm, trace, nouns, through_norm(vlm, words, trace.stream[[noun.step for noun in nouns]]))
+
+
+def log_probability(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """The direct score with `log p(t)` in the logit's place, to first order: `a_i <w_i, n_t>` with n_t of `towards_log_p` [ours].
+    Unlike `centred` it takes off what goes to the noun's *rivals*. Reads the vocabulary's rows once."""
+    return _projected(vlm, trace, nouns, towards_log_p(vlm, trace, nouns))
+
+
+@torch.no_grad()
+def towards_log_p(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> Tensor:
+    """The direction in the final norm's input that raises `log p(t)` most, its scale frozen: `u_t - sum_v p(v) u_v` through the norm,
+    float32 `[nouns, hidden]`; the gradient of log p in closed form but for the norm's scale."""
+    assert trace.stream is not None
+    weight = matrix(vlm.anatomy.unembedding)
+    stream = trace.stream[[noun.step for noun in nouns]].to(weight.device)
+    normed = stream if vlm.anatomy.final_norm is None else _norm(vlm, stream)
+    p = vlm.anatomy.unembedding(normed.to(weight.dtype)).float().softmax(-1).to(weight)
+    words = vlm.anatomy.words([noun.token for noun in nouns])
+    return through_norm(vlm, words - (p @ weight).float().to(words.device), stream)
 
 
 def through_norm(vlm: VLM, directions: Tensor, stream: Tensor) -> Tensor:
@@ -101,7 +121,7 @@ def _norm(vlm: VLM, vectors: Tensor) -> Tensor:
     norm = vlm.anatomy.final_norm
     assert norm is not None
     like = next(norm.parameters())
-    return norm(vectors.to(like.device, like.dtype)).float().to(vectors.device)
+    return norm(vectors.to(device(norm), like.dtype)).float().to(vectors.device)
 
 
 def _norm_gain(vlm: VLM) -> tuple[Tensor, bool]:
@@ -127,6 +147,30 @@ def write_norm(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
         _steps(trace, nouns, layer).abs() * ffn.write(range(ffn.neurons)).norm(dim=-1).cpu()
         for layer, ffn in enumerate(vlm.anatomy.ffns)
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------------ controls
+
+
+def random(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """A number between 0 and 1 for each neuron, the same whenever the same token is asked for at the same step."""
+    flat = torch.stack([torch.rand(vlm.anatomy.total, generator=_generator(noun)) for noun in nouns])
+    return list(flat.split(vlm.anatomy.neurons, -1))
+
+
+def same_layer(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """The direct score shuffled within each layer: right about the layers, ignorant of the neurons."""
+    scores = direct(vlm, trace, nouns)
+    shuffled = [torch.empty_like(layer) for layer in scores]
+    for row, noun in enumerate(nouns):
+        generator = _generator(noun)
+        for old, new in zip(scores, shuffled, strict=True):
+            new[row] = old[row, torch.randperm(old.shape[-1], generator=generator)]
+    return shuffled
+
+
+def _generator(noun: Noun) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * noun.token + noun.step)
 
 
 # ----------------------------------------------------------------------------------------- scores that run the model once more
@@ -194,6 +238,9 @@ SCORES: dict[str, Scorer] = {
     "write_norm": write_norm,
     "centred": centred,
     "norm_aware": norm_aware,
+    "log_probability": log_probability,
+    "random": random,
+    "same_layer": same_layer,
     "gradient": gradient,
     "gradient_image": gradient_image,
 }

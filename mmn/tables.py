@@ -35,7 +35,7 @@ Row = dict[str, Any]
 Rows = Callable[["VLM", Any], list[Row]]
 
 # The modules whose import registers tables.
-MODULES: tuple[str, ...] = ("mmn.property_tables", "mmn.edit_tables")
+MODULES: tuple[str, ...] = ("mmn.oracle_tables", "mmn.property_tables", "mmn.edit_tables")
 TOLERANCE = 1e-3  # relative difference of two floats that counts as none: another processor rounds otherwise
 
 

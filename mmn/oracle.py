@@ -1,0 +1,251 @@
+"""The causal oracle: what each neuron truly does to a noun, against which every score is measured [ours].
+
+A neuron's *effect* at a moment (the position that produces a noun's token t) is `log p(t)` of the model as it is, less `log p(t)` with
+the neuron's activation set to zero at that position: nats, positive where the neuron speaks for the noun. Beside it the same difference
+of the logit and of the centred logit (the logit less its mean over the vocabulary, which softmax ignores). What stands before the
+moment is read once; its keys and values serve all neurons, which are zeroed in batches of one token.
+
+Areas under faithfulness curves follow MIB (Mueller et al. 2025, arXiv 2504.13151), with neurons at one position for its components and
+zero for its counterfactual."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import mmn
+from mmn.anatomy import Neuron
+from mmn.contribution import SCORES, Scorer
+from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
+from mmn.nouns import Noun
+from mmn.trace import Trace
+from mmn.vlm import VLM
+
+BATCH = 128  # neurons zeroed at once: as many copies of the keys and values
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all neurons, kept or removed; MIB's
+LARGEST = 0.01  # of all neurons: those with the largest effects are what AUROC asks for
+
+
+class Moment:
+    """The position that produces a noun's token, with what stands before it read once.
+
+    layers: neurons of each layer. token: the noun's token. activations: for each layer float32 `[neurons]` there."""
+
+    def __init__(self, vlm: VLM, trace: Trace, noun: str | Noun):
+        chosen = trace.noun(noun)
+        if not trace.activations:
+            raise MmnError("This caption was made with record=False: caption again with recording on.")
+        self.vlm, self.token = vlm, chosen.token
+        self.layers = vlm.anatomy.neurons
+        self.activations = [layer[chosen.step] for layer in trace.activations]
+        inputs = vlm.replay(trace, chosen.step)
+        ids = inputs["input_ids"]
+        before = {k: v[:, :-1] if v.shape[:2] == ids.shape and k != "pixel_values" else v for k, v in inputs.items()}
+        with torch.no_grad():
+            self._cache = vlm.model(**before, use_cache=True).past_key_values
+        self._last, self._length = ids[:, -1:], ids.shape[1]
+        self._names = set(inspect.signature(vlm.model.forward).parameters)
+
+    def logits(self, rows: int, handles: Sequence[Any] = (), *, grad: bool = False) -> Tensor:
+        """Logits `[rows, vocabulary]` of so many copies of the moment, float32, with the watchers `handles` (layer, watcher) on."""
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(rows)
+        mask = self._last.new_ones(rows, self._length)
+        given = {"input_ids": self._last.expand(rows, 1), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        with torch.set_grad_enabled(grad), hooked(_watched(self.vlm, handles)):
+            return self.vlm.model(**given).logits[:, -1].float()
+
+    def without(self, kept: Tensor) -> Tensor:
+        """Logits `[rows, vocabulary]` with the activations multiplied by `kept` `[rows, neurons of all layers]`."""
+        parts = kept.split(self.layers, -1)
+        changed = [layer for layer, part in enumerate(parts) if not bool((part == 1).all())]
+
+        def watcher(layer: int) -> Any:
+            return lambda seen: seen * parts[layer][:, None].to(seen.device, seen.dtype)
+
+        return self.logits(len(kept), [(layer, watcher(layer)) for layer in changed])
+
+    def measures(self, logits: Tensor) -> Tensor:
+        """log p, logit and centred logit of the noun's token: `[rows, 3]`."""
+        own = logits[:, self.token]
+        return torch.stack([own - logits.logsumexp(-1), own, own - logits.mean(-1)], -1).cpu()
+
+
+def _watched(vlm: VLM, handles: Sequence[Any]) -> Any:
+    for layer, watcher in handles:
+        handle: Removable = vlm.anatomy.ffns[layer].watch(watcher)
+        yield handle
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Every neuron's effect on one noun, float32 `[neurons of all layers]` each: of log p (nats), logit and centred logit."""
+
+    log_p: Tensor
+    logit: Tensor
+    centred: Tensor
+
+
+@torch.no_grad()
+def oracle(vlm: VLM, trace: Trace, noun: str | Noun, *, moment: Moment | None = None, batch: int = BATCH) -> Effects:
+    """Zero every neuron at the position that produces the noun, one by one, all else as it was.
+
+    Neurons that are silent there (activation 0) have effect 0 and are not run. Raises MmnError as `Moment` does."""
+    moment = moment or Moment(vlm, trace, noun)
+    effects = torch.zeros(sum(moment.layers), 3)
+    start = 0
+    for layer, count in enumerate(moment.layers):
+        # Row 0 of each batch is the model as it is, so that rounding of a batch's size cancels.
+        for units in (moment.activations[layer] != 0).nonzero()[:, 0].split(batch - 1):
+
+            def silence(seen: Tensor, units: Tensor = units) -> Tensor:
+                changed = seen.clone()
+                changed[torch.arange(1, len(units) + 1), -1, units] = 0
+                return changed
+
+            measured = moment.measures(moment.logits(len(units) + 1, [(layer, silence)]))
+            effects[start + units] = measured[0] - measured[1:]
+        start += count
+    return Effects(*effects.T)
+
+
+# ------------------------------------------------------------------------------------- gradients on the prefix that was read once
+
+
+def gradient_log_p(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """`a_i d log p(t)/da_i` at the generating position, one token forward and backward: the strongest first-order baseline, since the
+    effect is one of log p."""
+    return _by_gradient(vlm, trace, nouns, 0)
+
+
+def integrated_gradients(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """Integrated gradients of log p(t) (Sundararajan et al. 2017) at the generating position: all layers' activations go together from
+    zero to what they are, in 16 steps (midpoints), one batch of one token. Over all neurons the scores add up to what all of them
+    together do to log p(t)."""
+    return _by_gradient(vlm, trace, nouns, 16)
+
+
+@torch.inference_mode(False)
+def _by_gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun], steps: int) -> list[Tensor]:
+    """Activation times gradient of log p, at the activations themselves or averaged over `steps` points on the way to them."""
+    found = []
+    for noun in nouns:
+        moment = Moment(vlm, trace, noun)
+        points = (torch.arange(steps) + 0.5) / steps if steps else torch.ones(1)
+        leaves: dict[int, Tensor] = {}
+
+        def put(layer: int, moment: Moment, points: Tensor, leaves: dict[int, Tensor]) -> Any:
+            def watch(seen: Tensor) -> Tensor:
+                if steps:  # every layer starts anew from its share
+                    leaves[layer] = (points[:, None, None] * moment.activations[layer]).to(seen).requires_grad_()
+                else:
+                    leaves[layer] = seen if seen.requires_grad else seen.detach().requires_grad_()
+                return leaves[layer]
+
+            return watch
+
+        handles = [(layer, put(layer, moment, points, leaves)) for layer in range(len(moment.layers))]
+        logits = moment.logits(len(points), handles, grad=True)
+        log_p = logits.log_softmax(-1)[:, moment.token].sum()
+        gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in range(len(moment.layers))])
+        found.append([a * g[:, -1].float().mean(0).cpu() for a, g in zip(moment.activations, gradients, strict=True)])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
+
+
+@torch.no_grad()
+def oracle_everywhere(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuron], batch: int = 32) -> Tensor:
+    """The effect on log p, float32 `[neurons]` in nats, of zeroing each of some neurons at *all* positions, picture and prompt
+    included. Without a cache: the whole sequence is read once a neuron."""
+    chosen = trace.noun(noun)
+    inputs = vlm.replay(trace, chosen.step)
+    found = []
+    for start in range(0, len(neurons), batch - 1):
+        some = [[], *([neuron] for neuron in neurons[start : start + batch - 1])]
+        rows = {key: value.repeat_interleave(len(some), 0) for key, value in inputs.items()}
+        with mmn.zero(vlm, some):
+            logits = vlm.model(**rows, use_cache=False).logits[:, -1].float()
+        log_p = logits.log_softmax(-1)[:, chosen.token].cpu()
+        found.append(log_p[0] - log_p[1:])
+    return torch.cat(found)
+
+
+# ----------------------------------------------------------------------------------------------------- how well a score does
+
+
+def agreement(scores: Tensor, effect: Tensor, ks: Sequence[int] = (10, 50)) -> dict[str, float]:
+    """A score `[neurons]` against the true effect `[neurons]`: `spearman` over all neurons; `p10`, `p50`, ...: the share of the k
+    neurons of highest score that are among the k of largest effect; `auroc`: whether a neuron is among the 1 % of largest
+    effects. A score without spread has Spearman 0."""
+    if scores.shape != effect.shape:
+        raise MmnError(f"There are {tuple(scores.shape)} scores and {tuple(effect.shape)} effects: give one of each a neuron.")
+    order, truth = scores.argsort(descending=True, stable=True), effect.argsort(descending=True, stable=True)
+    largest = torch.zeros(len(effect), dtype=torch.bool)
+    largest[truth[: max(1, round(LARGEST * len(effect)))]] = True
+    flat = bool((scores == scores[0]).all() or (effect == effect[0]).all())
+    found = {"spearman": 0.0 if flat else float(spearmanr(scores, effect)[0])}
+    for k in ks:
+        found[f"p{k}"] = len(set(order[:k].tolist()) & set(truth[:k].tolist())) / k
+    return found | {"auroc": float(roc_auc_score(largest, scores))}
+
+
+@torch.no_grad()
+def curves(moment: Moment, scores: Tensor, shares: Sequence[float] = SHARES) -> pd.DataFrame:
+    """log p of the noun with the neurons of highest score alone kept at the moment (`kept`) and with them removed (`removed`), nats,
+    for each share of all neurons, 0 first."""
+    total = len(scores)
+    order = scores.argsort(descending=True, stable=True)
+    counts = [0, *(max(1, round(share * total)) for share in shares)]
+    keep = torch.zeros(len(counts), total)
+    for row, count in enumerate(counts):
+        keep[row, order[:count]] = 1
+    logp = moment.measures(moment.without(torch.cat([keep, 1 - keep])))[:, 0].numpy()
+    return pd.DataFrame({"share": [0.0, *shares], "kept": logp[: len(counts)], "removed": logp[len(counts) :]})
+
+
+def areas(curve: pd.DataFrame) -> dict[str, float]:
+    """Areas of a faithfulness curve, after MIB: with `f = (log p(kept) - log p(none)) / (log p(all) - log p(none))` over the share of
+    neurons, `cpr` is the area under f (more is better) and `cmd` that of |1 - f| (less is better); `removal` is the mean loss of
+    log p over the shares up to 2 %, in nats (more is better)."""
+    none, whole = curve["kept"].iloc[0], curve["removed"].iloc[0]
+    faithful = (curve["kept"] - none) / (whole - none)
+    few = curve["share"].between(1e-9, 0.02)
+    return {
+        "cpr": float(np.trapezoid(faithful, curve["share"])),
+        "cmd": float(np.trapezoid((1 - faithful).abs(), curve["share"])),
+        "removal": float((whole - curve["removed"][few]).mean()),
+    }
+
+
+ALL: dict[str, Scorer] = SCORES | {"gradient_log_p": gradient_log_p, "integrated_gradients": integrated_gradients}
+
+
+def compare(vlm: VLM, trace: Trace, noun: str | Noun, scores: Mapping[str, Scorer] = ALL) -> pd.DataFrame:
+    """Every score against the oracle for one noun: one row a score with `agreement`, `areas`, and `ms`, its time in milliseconds
+    (for this noun alone, not counting the caption); `spearman_logit`, `spearman_centred`: against those effects."""
+    chosen = trace.noun(noun)
+    moment = Moment(vlm, trace, chosen)
+    effects = oracle(vlm, trace, chosen, moment=moment)
+    rows = {}
+    for name, scorer in scores.items():
+        start = time.perf_counter()
+        try:
+            flat = torch.cat([layer[0] for layer in scorer(vlm, trace, [chosen])])
+        except MmnError:  # a model whose gate is no module of its own has no `gate_only`
+            continue
+        spent = 1000 * (time.perf_counter() - start)
+        row = agreement(flat, effects.log_p) | areas(curves(moment, flat))
+        row |= {f"spearman_{what}": agreement(flat, getattr(effects, what), ())["spearman"] for what in ("logit", "centred")}
+        rows[name] = row | {"ms": spent}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("score")

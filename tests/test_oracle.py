@@ -1,0 +1,201 @@
+"""The causal oracle against the model read anew for one neuron at a time, and its measures against answers known by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+import mmn
+from mmn import oracle
+from mmn.calibration import Calibration
+from mmn.nouns import Noun
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[mmn.VLM, mmn.Trace, Noun]:
+    vlm = tiny.llava()
+    return vlm, vlm.caption(tiny.pictures(1)[0], max_new_tokens=6), Noun("x", "x", 9, 3, (0, 1))
+
+
+def read(vlm: mmn.VLM, trace: mmn.Trace, noun: Noun, layer: int, unit: int) -> torch.Tensor:
+    """Logits of the whole sequence read without a cache, one neuron silent at its last position."""
+
+    def silence(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        changed = args[0].clone()
+        changed[0, -1, unit] = 0
+        return (changed,)
+
+    handle = vlm.model.model.language_model.layers[layer].mlp.down_proj.register_forward_pre_hook(silence)
+    with torch.no_grad():
+        logits = vlm.model(**vlm.replay(trace, noun.step), use_cache=False).logits[0, -1]
+    handle.remove()
+    return logits
+
+
+def test_each_effect_is_that_of_the_whole_sequence_read_again(case) -> None:
+    vlm, trace, noun = case
+    effects = oracle.oracle(vlm, trace, noun, batch=7)
+    with torch.no_grad():
+        base = vlm.model(**vlm.replay(trace, noun.step), use_cache=False).logits[0, -1]
+    assert effects.log_p.shape == (72,) and float(effects.log_p.abs().max()) > 1e-3
+    for layer, unit in ((0, 0), (0, 23), (1, 5), (2, 11), (2, 23)):
+        now = read(vlm, trace, noun, layer, unit)
+        place = 24 * layer + unit
+        right = (
+            base.log_softmax(-1)[9] - now.log_softmax(-1)[9],
+            base[9] - now[9],
+            base[9] - base.mean() - (now[9] - now.mean()),
+        )
+        for got, expected in zip((effects.log_p, effects.logit, effects.centred), right, strict=True):
+            assert float(got[place]) == pytest.approx(float(expected), abs=2e-5)
+
+
+def test_the_last_layers_gradient_agrees_with_small_effects(case) -> None:
+    """Scaling instead of zeroing: the gradient of log p is the slope of the same function the oracle takes a step on."""
+    vlm, trace, noun = case
+    moment = oracle.Moment(vlm, trace, noun)
+    slopes = torch.cat([layer[0] for layer in oracle.gradient_log_p(vlm, trace, [noun])])
+    for place in (3, 30, 60):
+        factors = torch.ones(2, 72)
+        factors[0, place], factors[1, place] = 1.05, 0.95
+        up, down = moment.measures(moment.without(factors))[:, 0]
+        assert float(up - down) / 0.1 == pytest.approx(float(slopes[place]), abs=2e-4)
+
+
+def test_integrated_gradients_add_up_to_what_all_neurons_do(case) -> None:
+    vlm, trace, noun = case
+    moment = oracle.Moment(vlm, trace, noun)
+    scores = torch.cat([layer[0] for layer in oracle.integrated_gradients(vlm, trace, [noun])])
+    log_p = moment.measures(moment.without(torch.stack([torch.ones(72), torch.zeros(72)])))[:, 0]
+    assert float(scores.sum()) == pytest.approx(float(log_p[0] - log_p[1]), abs=0.02 * float((log_p[0] - log_p[1]).abs()) + 1e-3)
+
+
+def test_everywhere_is_the_package_s_zero(case) -> None:
+    vlm, trace, noun = case
+    neurons = [mmn.Neuron(0, 3), mmn.Neuron(1, 7), mmn.Neuron(2, 20)]
+    got = oracle.oracle_everywhere(vlm, trace, noun, neurons, batch=3)
+    for neuron, effect in zip(neurons, got, strict=True):
+        logs = []
+        for chosen in ([], [neuron]):
+            with torch.no_grad(), mmn.zero(vlm, chosen):
+                logs.append(vlm.model(**vlm.replay(trace, noun.step), use_cache=False).logits[0, -1].log_softmax(-1)[9])
+        assert float(effect) == pytest.approx(float(logs[0] - logs[1]), abs=2e-5)
+
+
+def test_agreement_by_hand() -> None:
+    effect = torch.arange(200.0)
+    perfect = oracle.agreement(effect * 3, effect)
+    assert perfect == {"spearman": pytest.approx(1), "p10": 1.0, "p50": 1.0, "auroc": 1.0}
+    opposite = oracle.agreement(-effect, effect)
+    assert opposite["spearman"] == pytest.approx(-1) and opposite["p50"] == 0 and opposite["auroc"] == 0
+    half = effect.clone()
+    half[195:] = -1  # five of the ten best are missed, and both of the largest two
+    assert oracle.agreement(half, effect)["p10"] == 0.5 and oracle.agreement(half, effect)["auroc"] < 0.03
+    assert oracle.agreement(torch.zeros(200), effect)["spearman"] == 0
+    with pytest.raises(mmn.MmnError, match="one of each"):
+        oracle.agreement(effect, effect[:9])
+
+
+def test_areas_by_hand() -> None:
+    straight = pd.DataFrame({"share": [0, 0.5, 1], "kept": [-4.0, -2.0, 0.0], "removed": [0.0, -2.0, -4.0]})
+    assert oracle.areas(straight)["cpr"] == pytest.approx(0.5) and oracle.areas(straight)["cmd"] == pytest.approx(0.5)
+    at_once = pd.DataFrame({"share": [0, 0.01, 1], "kept": [-4.0, 0.0, 0.0], "removed": [0.0, -3.0, -4.0]})
+    assert oracle.areas(at_once)["cpr"] == pytest.approx(0.995)
+    assert oracle.areas(at_once)["removal"] == 3
+
+
+def test_curves_begin_and_end_with_none_and_all(case) -> None:
+    vlm, trace, noun = case
+    moment = oracle.Moment(vlm, trace, noun)
+    curve = oracle.curves(moment, torch.rand(72))
+    assert curve["kept"].iloc[-1] == pytest.approx(curve["removed"].iloc[0], abs=1e-4)
+    assert curve["kept"].iloc[0] == pytest.approx(curve["removed"].iloc[-1], abs=1e-4)
+    assert curve["kept"].iloc[0] != pytest.approx(curve["kept"].iloc[-1], abs=1e-3)
+
+
+def test_every_score_is_compared_and_the_oracle_would_win(case) -> None:
+    vlm, trace, noun = case
+    effects = oracle.oracle(vlm, trace, noun)
+
+    def truth(vlm: mmn.VLM, trace: mmn.Trace, nouns: list[Noun]) -> list[torch.Tensor]:
+        return [layer[None] for layer in effects.log_p.split([24, 24, 24])]
+
+    table = oracle.compare(vlm, trace, noun, oracle.ALL | {"truth": truth})
+    assert set(table.index) == {*mmn.SCORES, "gradient_log_p", "integrated_gradients", "truth"}
+    assert table.loc["truth", "spearman"] == pytest.approx(1) and table.loc["truth", "p10"] == 1
+    assert (table["spearman"].drop("truth") < 1).all() and np.isfinite(table.to_numpy(float)).all()
+
+
+def test_log_probability_is_the_slope_of_log_p_with_the_norms_scale_frozen(case) -> None:
+    vlm, trace, noun = case
+    norm = vlm.model.model.language_model.norm
+    stream = trace.stream[noun.step].clone().requires_grad_()
+    scale = norm.weight / (stream.detach().pow(2).mean() + norm.variance_epsilon).sqrt()
+    (slope,) = torch.autograd.grad((vlm.model.lm_head.weight @ (stream * scale)).log_softmax(-1)[9], stream)
+    got = mmn.contributions(vlm, trace, noun, "log_probability")
+    for layer, module in enumerate(vlm.model.model.language_model.layers):
+        right = trace.activations[layer][noun.step] * (slope @ module.mlp.down_proj.weight)
+        torch.testing.assert_close(got[layer], right.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_calibration_of_one_moment_is_its_gradient(case) -> None:
+    """Where the norm's scale hardly changes the two differ little, and after the last layer the path is the identity."""
+    vlm, trace, noun = case
+    fitted = Calibration.fit(vlm, [trace])
+    assert fitted.moments == len(trace.nouns) > 0
+    torch.testing.assert_close(fitted.paths[-1], torch.eye(16), atol=1e-3, rtol=1e-3)
+    alone = mmn.Trace(**{**{f: getattr(trace, f) for f in trace.__dataclass_fields__}})
+    alone.__dict__["nouns"] = [noun]
+    path = Calibration.fit(vlm, [alone]).paths[0]
+    moved = []
+    for sign in (1, -1):
+
+        def push(_: torch.nn.Module, __: object, out: torch.Tensor, sign: int = sign) -> torch.Tensor:
+            changed = out.clone()
+            changed[0, -1, 5] += sign * 1e-2
+            return changed
+
+        seen: list[torch.Tensor] = []
+        text = vlm.model.model.language_model
+        handles = [text.layers[0].mlp.down_proj.register_forward_hook(push)]
+        handles.append(text.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0, -1])))
+        with torch.no_grad():
+            vlm.model(**vlm.replay(trace, noun.step), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        moved.append(seen[0])
+    torch.testing.assert_close(path[5], (moved[0] - moved[1]) / 2e-2, atol=5e-3, rtol=5e-2)
+
+
+def test_a_calibration_is_of_one_model(case) -> None:
+    vlm, trace, noun = case
+    with pytest.raises(mmn.MmnError, match="of the model other"):
+        Calibration([], "other", 1)(vlm, trace, [noun])
+
+
+def test_rows_of_the_table_are_comparisons_and_calibrate_on_no_held_out_concept(monkeypatch) -> None:
+    from mmn import nouns, oracle_tables, scenes
+
+    vlm = mmn.VLM(*tiny.llava_parts(), "speaker", lexicon=nouns.scene_nouns)
+    shown: list[str] = []
+    real = scenes.draw
+
+    def watched(seed: int, **options: object) -> scenes.Scene:
+        shown.extend(options.get("concepts", ()))  # type: ignore[arg-type]
+        return real(seed, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scenes, "draw", watched)
+    oracle_tables.scores(vlm)
+    assert len(set(shown)) == 16 and not set(shown) & set(oracle_tables.HELD_OUT)
+    assert set(oracle_tables.HELD_OUT) < set(scenes.CONCEPTS)
+    scene = real(oracle_tables.FIRST)
+    trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=6)
+    trace.__dict__["nouns"] = [Noun(scene.names[0], scene.names[0], 9, 3, (0, 1))]
+    monkeypatch.setattr(vlm, "caption", lambda image: trace)
+    rows = {row["score"]: row for row in oracle_tables.oracle_table(vlm, 0)}
+    assert set(rows) == set(oracle.ALL) and rows["direct"]["noun"] == scene.names[0]
+    alone = oracle.compare(vlm, trace, trace.nouns[0], {"direct": mmn.SCORES["direct"]})
+    assert rows["direct"]["spearman"] == pytest.approx(alone.loc["direct", "spearman"], abs=1e-4)
