@@ -11,6 +11,7 @@ from torch import Tensor
 from mmn.anatomy import Neuron
 from mmn.errors import MmnError
 from mmn.vlm import VLM
+from mmn.weights import matrix
 
 BLOCK = 256  # neurons whose products with the whole vocabulary are held at once
 
@@ -37,7 +38,7 @@ def top_tokens(vlm: VLM, neurons: Sequence[Neuron], k: int = 10) -> pd.DataFrame
 def top_token_ids(vlm: VLM, neurons: Sequence[Neuron], k: int = 10) -> tuple[Tensor, Tensor]:
     """Token ids int64 `[neurons, k]` and weights float32 `[neurons, k]`, in blocks, so that memory does not grow with the
     neurons."""
-    unembedding = vlm.anatomy.unembedding.weight.detach()
+    unembedding = matrix(vlm.anatomy.unembedding)
     words = min(unembedding.shape[0], len(vlm.tokenizer))  # some models pad their vocabulary with rows that mean nothing
     if not isinstance(k, int) or not 1 <= k <= words:
         raise MmnError(f"k is a number of tokens between 1 and {words}, not {k!r}.")
