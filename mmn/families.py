@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -384,7 +385,8 @@ def check(family: str) -> Row:
     row = Row(family)
     start = time.perf_counter()
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models that are a few numbers wide
             _check(row)
         failed = [name for name, held in row.checks.items() if not held]
         row.conforms = not failed
@@ -553,8 +555,10 @@ def sees(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> tuple[int, 
 
     name = next(key for key in inputs if key in ("pixel_values", "flattened_patches"))
     one, first = embedded(inputs)
-    if one.shape != (*inputs["input_ids"].shape, anatomy.unembedding.in_features):
+    if one.ndim != 3 or one.shape[-1] != anatomy.unembedding.in_features:
         raise MmnError(f"what runs between its layers is not one vector a position but {' x '.join(map(str, one.shape[1:]))}")
+    if one.shape[:2] != inputs["input_ids"].shape:
+        return 0, False
     moved, changed = torch.zeros(one.shape[:2], dtype=torch.bool), False
     # Several, since a model that turns a picture into a few codes may give two of them the same one.
     for picture in (inputs[name].flip(-1) + 0.5, -inputs[name], inputs[name].roll(1, -1), inputs[name] * 2, inputs[name].flip(-2)):
