@@ -319,7 +319,9 @@ def test_a_caption_of_nothing_else_cannot_lose_its_noun() -> None:
 def test_a_noun_is_left_out(talking: mmn.VLM) -> None:
     images = tiny.pictures(3)
     neurons = [Neuron(layer, unit) for layer in range(3) for unit in range(48)]
-    edit = Edit.fit(talking, images[1], "dog", "", neurons, keep=[images[0], images[2]], rate=0.005, weights=(0.0, 10.0, 10.0), progress=False)
+    edit = Edit.fit(
+        talking, images[1], "dog", "", neurons, keep=[images[0], images[2]], rate=0.005, weights=(0.0, 10.0, 10.0), progress=False
+    )
     with edit.applied(talking):
         assert [trace.text for trace in talking.caption(images)] == [
             "An image of a cat on the beach",
