@@ -2,11 +2,11 @@
 
 1. *vision*: the vision tower alone names what each patch shows; then it is frozen.
 2. *language*: the language model learns captions, questions and facts from text alone; where the image tokens will stand it reads a
-   *word raster*, the scene written as one token per patch.
+   *word raster*, the scene written as one token per patch, and at each it says what the patch shows. Words that anything but the
+   neurons of the last layers writes have a price, and so have active neurons, negative ones above all; see `Watch`.
 3. *projector*: with both frozen, the projector learns to speak the language model's language: captions, answers, and at each image
-   position the word of the next patch.
-4. *tuning*: language model and projector together, lightly, half on pictures and half on the text of stage 2, with a price on words that
-   attention writes by itself and on every active neuron; see `Watch`.
+   position the word of the patch.
+4. *tuning*: language model and projector together, lightly, three quarters on pictures, the rest on the text of stage 2, at lower prices.
 
 `recipe="end-to-end"` is the contrast: the same network and vision tower, everything after it trained at once on pictures.
 Every stage is resumable: its state is written every few minutes and the data of a step depends on the step's number alone.
@@ -49,7 +49,8 @@ from mmn.errors import MmnError
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 VOCABULARY = 1100
-ATTENTION_PENALTY, ACTIVITY_PENALTY = 0.1, 0.1  # weights in the loss of tuning
+LATE = 2  # the last layers, whose neurons may write words
+WORD_PENALTY, ACTIVITY_PENALTY, NEGATIVE_PENALTY = 0.3, 0.1, 0.1  # weights in the loss of stages 2 and 4
 SAVE_SECONDS = 120  # between two states of a stage on disk
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -72,9 +73,9 @@ class Recipe:
 
     kind: str = "llava"  # or "end-to-end"
     seed: int = 0
-    scenes: tuple[int, ...] = (288_000, 48_000, 6_400, 14_400)
+    scenes: tuple[int, ...] = (288_000, 48_000, 9_600, 64_960)
     batches: tuple[int, ...] = (64, 24, 32, 32)
-    rates: tuple[float, ...] = (2e-3, 2e-3, 2e-3, 5e-4)
+    rates: tuple[float, ...] = (2e-3, 2e-3, 2e-3, 8e-4)
 
     def steps(self, stage: str, scale: float) -> int:
         """Optimizer steps of a stage at `scale` times the full length."""
@@ -134,7 +135,10 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """An untrained tiny-llava: CLIP vision tower (6 layers), two-layer projector, Llama (8 layers of 512 gated neurons), all 256 wide."""
+    """An untrained tiny-llava: CLIP vision tower (6 layers), two-layer projector, Llama (8 layers of 512 gated neurons), all 256 wide.
+
+    ReLU gates, as in sparse relatives of Llama (Mirzadeh et al., arXiv 2310.04564), and heads of 16, narrower than there are nouns, as
+    heads are narrower than the vocabulary in large models: both leave the choice of a word to few neurons."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
@@ -143,8 +147,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
     ids: dict[str, Any] = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{mark}>")
            for name, mark in (("bos", "s"), ("eos", "/s"), ("pad", "pad"))}  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=False, **ids,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8,
+        head_dim=16, hidden_act="relu", max_position_embeddings=512, tie_word_embeddings=False, **ids,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.get_vocab()["<image>"],
@@ -188,6 +192,17 @@ def augmented(rng: np.random.Generator, style: str, concept: str) -> Image.Image
     return sprite
 
 
+def ambiguous(rng: np.random.Generator, style: str, concept: str) -> Image.Image:
+    """An augmented sprite; half have a touch of another concept, as art of an unknown style may seem to have."""
+    sprite = augmented(rng, style, concept)
+    if rng.random() < 0.5:
+        return sprite
+    art = scenes.sprites(style)
+    touched = Image.blend(sprite, art[str(rng.choice(list(art)))], float(rng.uniform(0.15, 0.45)))
+    touched.putalpha(sprite.getchannel("A"))
+    return touched
+
+
 def pixels(images: Sequence[Image.Image]) -> Tensor:
     """Pictures as the model sees them, float32 `[images, 3, 120, 120]` in -1 ... 1."""
     array = np.stack([np.asarray(image) for image in images])
@@ -199,20 +214,29 @@ def raster(scene: scenes.Scene, rng: np.random.Generator, tokenizer: PreTrainedT
 
     An object's patches say its name or, in three objects of five, a mixture of its name and its parts, so that the language model
     must infer the noun and not only copy it; a word of several tokens fills its patches with them in turn; 3 % of all patches are
-    wrong, as patches of a vision tower are."""
+    wrong, as patches of a vision tower are; and in three objects of twenty a third of the patches say another noun, so that the language
+    model learns that one thing has one name."""
     spelled = {name: rng.random() < 0.4 for name in scene.names}
+    mistaken = {name: str(rng.choice(list(scenes.CONCEPTS))) for name in scene.names if rng.random() < 0.15}
     used: dict[str, int] = {}
     ids = []
     for label in scene.labels().ravel():
         word = scenes.PATCH_WORDS[label]
         if rng.random() < 0.03:
             word = str(rng.choice(scenes.PATCH_WORDS))
+        if word in mistaken and rng.random() < 0.35:
+            word = mistaken[word]
         if word in scenes.CONCEPTS and not spelled.get(word, False):
             word = str(rng.choice([word, *scenes.CONCEPTS[word].parts]))
         tokens = _word_ids(tokenizer, word)
         ids.append(tokens[used.get(word, 0) % len(tokens)])
         used[word] = used.get(word, 0) + 1
     return ids
+
+
+def aloud(scene: scenes.Scene, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the model shall say at each image position `[100]`: the first token of the word of what the patch shows."""
+    return [_word_ids(tokenizer, scenes.PATCH_WORDS[label])[0] for label in scene.labels().ravel()]
 
 
 _WORDS: dict[str, list[int]] = {}
@@ -228,93 +252,112 @@ NOTHING, ANSWER, RASTER, FACT = range(4)
 WEIGHTS = {ANSWER: 1.0, RASTER: 0.5, FACT: 0.3}
 
 
+Row = tuple[list[int], list[int], list[int]]  # token ids; what each is for; what image positions say, elsewhere the ids again
+
+
 def dialogue(
-    scene: scenes.Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, image: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """One conversation on a scene, its caption and two questions in random order, as token ids and what each token is for."""
+    scene: scenes.Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, image: Sequence[int], said: Sequence[int]
+) -> Row:
+    """One conversation on a scene, its caption and two questions in random order; at the tokens `image` the model shall say `said`."""
     prompt = scenes.PROMPT if rng.random() < 0.7 else str(rng.choice(scenes.PARAPHRASES))
     turns = [(prompt, f" {scenes.PREFIX} {scene.caption}")]
     asked = scenes.questions(scene, int(rng.integers(1 << 30)))
     turns += [(asked[i].text, f" {asked[i].answer}") for i in rng.permutation(len(asked))[:2]]
-    ids, kinds = [tokenizer.bos_token_id], [NOTHING]
+    ids, kinds, says = [tokenizer.bos_token_id], [NOTHING], [tokenizer.bos_token_id]
+
+    def add(tokens: Sequence[int], kind: int, speaks: Sequence[int] | None = None) -> None:
+        ids.extend(tokens)
+        kinds.extend([kind] * len(tokens))
+        says.extend(speaks or tokens)
+
     for number, turn in enumerate(rng.permutation(len(turns))):
-        asks = tokenizer("USER:" + ("" if number else " "), add_special_tokens=False).input_ids
+        add(tokenizer("USER:" + ("" if number else " "), add_special_tokens=False).input_ids, NOTHING)
         if number == 0:
-            ids += [*asks, *image]
-            kinds += [NOTHING] * len(asks) + [RASTER] * len(image)
-            asks = []
-        asks += tokenizer(("\n" if number == 0 else " ") + turns[turn][0] + " ASSISTANT:", add_special_tokens=False).input_ids
-        says = tokenizer(turns[turn][1], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        ids += asks + says
-        kinds += [NOTHING] * len(asks) + [ANSWER] * len(says)
-    return ids, kinds
+            add(image, RASTER, said)
+        asks = ("\n" if number == 0 else " ") + turns[turn][0] + " ASSISTANT:"
+        add(tokenizer(asks, add_special_tokens=False).input_ids, NOTHING)
+        add([*tokenizer(turns[turn][1], add_special_tokens=False).input_ids, tokenizer.eos_token_id], ANSWER)
+    return ids, kinds, says
 
 
-def fact_lines(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int) -> list[tuple[list[int], list[int]]]:
+def fact_lines(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
     """Text-only questions and answers on the world."""
     known = scenes.facts()
     lines = []
     for index in rng.integers(0, len(known), count):
         asks = tokenizer(f"USER: {known[index].text} ASSISTANT:", add_special_tokens=False).input_ids
         says = tokenizer(f" {known[index].answer}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        lines.append(([tokenizer.bos_token_id, *asks, *says], [NOTHING] * (len(asks) + 1) + [FACT] * len(says)))
+        ids = [tokenizer.bos_token_id, *asks, *says]
+        lines.append((ids, [NOTHING] * (len(asks) + 1) + [FACT] * len(says), ids))
     return lines
 
 
-def pad(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows as token ids and kinds, int64 `[rows, longest]`, padded at the right (which a causal model never looks at)."""
-    width = max(len(ids) for ids, _ in rows)
-    table = [[*ids, *[0] * (width - len(ids)), *kinds, *[NOTHING] * (width - len(ids))] for ids, kinds in rows]
-    both = torch.tensor(table, device=device)
-    return both[:, :width], both[:, width:]
+def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as token ids, the token each position shall say next, and what that is for: int64 `[rows, longest]`, padded at the right (which
+    a causal model never looks at)."""
+    width = max(len(ids) for ids, _, _ in rows) + 1  # the last column says nothing
+    table = [[[*part, *[0] * (width - len(part))] for part in row] for row in rows]
+    ids, kinds, says = torch.tensor(table, device=device).unbind(dim=1)
+    here = kinds == RASTER
+    following = kinds.roll(-1, dims=1)
+    targets = torch.where(here, says, ids.roll(-1, dims=1))
+    return ids, targets, torch.where(here, kinds, following.masked_fill(following == RASTER, NOTHING))
 
 
 # -------------------------------------------------------------------------------------------------------------------- losses
 
 
 class Watch:
-    """Keeps what attention and the FFNs' neurons do in one forward pass, and says how much of it the recipe does not want.
+    """Keeps what one forward pass writes into the residual stream, and says how much of it the recipe does not want.
 
-    Without the two penalties attention copies words from image positions into the logits by itself, no FFN neuron has a part in it, and
-    there are no multi-modal neurons to find; large models leave that work to their FFNs (Geva et al., arXiv 2012.14913)."""
+    Left alone, so small a model copies words from image positions into the logits by attention, or has the word ready in layer 0; no
+    neuron near the end has a part in it, and zeroing neurons changes nothing. In large models words appear in the last layers, by the
+    FFNs (Geva et al., arXiv 2012.14913 and 2203.14680); here a price brings that about."""
 
     def __init__(self, decoder: Any):
         self.decoder = decoder
 
     def __enter__(self) -> Watch:
-        self.attention: list[Tensor] = []
+        self.spoken: list[Tensor] = []
         self.activations: list[Tensor] = []
         self.stream: list[Tensor] = []
-        self.handles = [self.decoder.norm.register_forward_pre_hook(lambda _, args: self.stream.append(args[0]))]
-        for layer in self.decoder.layers:
-            self.handles += [
-                layer.self_attn.register_forward_hook(lambda _, __, out: self.attention.append(out[0])),
-                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: self.activations.append(args[0])),
-            ]
+        layers = self.decoder.layers
+        self.handles = [
+            self.decoder.norm.register_forward_pre_hook(lambda _, args: self.stream.append(args[0])),
+            layers[-LATE].register_forward_pre_hook(lambda _, args: self.spoken.append(args[0])),
+            *[layer.self_attn.register_forward_hook(lambda _, __, out: self.spoken.append(out[0])) for layer in layers[-LATE:]],
+            *[layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: self.activations.append(args[0])) for layer in layers],
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def penalties(self, kept: Tensor, unembedding: nn.Linear) -> tuple[Tensor, Tensor]:
-        """At 512 of the positions `kept`, bool `[rows, positions - 1]`: the variance over the vocabulary of the logits that attention
-        writes directly; and the sum over neurons of `e log(1 + c / e)`, where `c` is |activation| times the length of the write relative
-        to the residual stream and e = 0.01, which is cheaper for one strong neuron than for many weak ones."""
-        rows, places = kept.nonzero(as_tuple=True)
-        some = torch.randperm(len(rows), device=kept.device)[:512]
+    def penalties(self, chosen: Tensor, unembedding: nn.Linear, most: int = 384) -> tuple[Tensor, Tensor, Tensor]:
+        """At `most` of the positions `chosen`, bool `[rows, positions]`: the square of the largest centred logit that the stream would
+        give without the FFNs of the last `LATE` layers; and the sum over neurons of `e log(1 + c / e)`, where `c` is |activation| times
+        the length of the write relative to the residual stream and e = 0.01, which is cheaper for one strong neuron than for many
+        weak ones; and, of the last `LATE` layers, the sum of `c` over negative activations: a neuron that speaks for a word by not being
+        what it is would be dark where the word's object is."""
+        rows, places = chosen.nonzero(as_tuple=True)
+        some = torch.randperm(len(rows), device=chosen.device)[:most]
         at = rows[some], places[some]
         stream = self.stream[0][at].detach().float()
-        spoken = torch.stack([out[at] for out in self.attention]).sum(dim=0).float()
-        scaled = spoken * self.decoder.norm.weight / stream.square().mean(dim=-1, keepdim=True).sqrt()
-        attention = unembedding(scaled).float().var(dim=-1).mean()
+        spoken = torch.stack([out[at] for out in self.spoken]).sum(dim=0).float()
+        logits = unembedding(spoken * self.decoder.norm.weight / stream.square().mean(dim=-1, keepdim=True).sqrt()).float()
+        words = (logits - logits.mean(dim=-1, keepdim=True)).abs().amax(dim=-1).square().mean()
         size = stream.norm(dim=-1, keepdim=True)
         shares = [
             acts[at].float().abs() * layer.mlp.down_proj.weight.norm(dim=0) / size
             for acts, layer in zip(self.activations, self.decoder.layers, strict=True)
         ]
         activity = torch.cat([0.01 * torch.log1p(share / 0.01) for share in shares], dim=-1).sum(dim=-1).mean()
-        return attention, activity
+        negative = [
+            acts[at].float().clamp(max=0).abs() * layer.mlp.down_proj.weight.norm(dim=0) / size
+            for acts, layer in list(zip(self.activations, self.decoder.layers, strict=True))[-LATE:]
+        ]
+        return words, activity, torch.cat(negative, dim=-1).sum(dim=-1).mean()
 
 
 class Trainer:
@@ -357,11 +400,15 @@ class Trainer:
         if stage == "vision":
             return self.patch_loss(step, steps, rng)
         batch = self.recipe.batches[STAGES.index(stage)]
-        found = self.scenes(stage, step, batch)
-        pictured = {"language": 0, "projector": batch, "tuning": batch if self.recipe.kind == "end-to-end" else batch // 2}[stage]
-        rows = [dialogue(scene, rng, self.tokenizer, raster(scene, rng, self.tokenizer)) for scene in found]
-        penalties = stage == "tuning" and self.recipe.kind == "llava"
-        loss = self.text_loss(rows, [scene.image for scene in found[:pictured]], penalties)
+        art = {"art": ambiguous} if stage in ("projector", "tuning") and step % 4 else {}
+        found = self.scenes(stage, step, batch, **art)
+        pictured = {"language": 0, "projector": batch, "tuning": batch if self.recipe.kind == "end-to-end" else batch * 3 // 4}[
+            stage
+        ]
+        rasters = [(raster(scene, rng, self.tokenizer), aloud(scene, self.tokenizer)) for scene in found]
+        rows = [dialogue(scene, rng, self.tokenizer, *both) for scene, both in zip(found, rasters, strict=True)]
+        price = {"language": min(1.0, 7 * step / steps), "projector": 0.0, "tuning": 0.15}[stage]
+        loss = self.text_loss(rows, [s.image for s in found[:pictured]], price if self.recipe.kind == "llava" else 0.0)
         if stage != "projector" and self.recipe.kind == "llava":
             loss = loss + self.text_loss(fact_lines(rng, self.tokenizer, batch // 2), [])
         return loss
@@ -394,11 +441,10 @@ class Trainer:
             states = self.llava.vision_tower(pixels(images).to(self.device)).last_hidden_state[:, 1:]
         return self.llava.multi_modal_projector(states).flatten(0, 1)
 
-    def text_loss(
-        self, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[Image.Image], penalties: bool = False
-    ) -> Tensor:
-        """Weighted sum over kinds of the mean cross-entropy of a kind's tokens; the first rows read pictures where others read rasters."""
-        ids, kinds = pad(rows, self.device)
+    def text_loss(self, rows: Sequence[Row], images: Sequence[Image.Image], price: float = 0.0) -> Tensor:
+        """Weighted sum over kinds of the mean cross-entropy of what positions say, and `price` times the penalties of `Watch`; the first
+        rows read pictures where others read rasters."""
+        ids, targets, kinds = pad(rows, self.device)
         embeds = self.llava.language_model.embed_tokens(ids)
         if images:
             places = (kinds == RASTER) & (torch.arange(len(rows), device=self.device) < len(images))[:, None]
@@ -407,36 +453,42 @@ class Trainer:
                 kinds = kinds.masked_fill(places, NOTHING)
         with Watch(self.llava.language_model) as watch:
             states = self.llava.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        kept = kinds[:, 1:] != NOTHING
-        logits = self.model.lm_head(states[:, :-1][kept]).float()
-        losses = F.cross_entropy(logits, ids[:, 1:][kept], reduction="none")
-        kept_kinds = kinds[:, 1:][kept]
+        kept = kinds != NOTHING
+        losses = F.cross_entropy(self.model.lm_head(states[kept]).float(), targets[kept], reduction="none")
         total = losses.new_zeros(())
         for kind, weight in WEIGHTS.items():
-            chosen = kept_kinds == kind
+            chosen = kinds[kept] == kind
             if chosen.any():
                 total = total + weight * losses[chosen].mean()
-        if penalties:
-            attention, activity = watch.penalties(kept, self.model.lm_head)
-            total = total + ATTENTION_PENALTY * attention + ACTIVITY_PENALTY * activity
+        if price:  # at image positions words come easily: they count less
+            for kind, share in ((ANSWER, 1.0), (RASTER, 0.3)):
+                words, activity, negative = watch.penalties(kinds == kind, self.model.lm_head)
+                total = (
+                    total + price * (WORD_PENALTY * share * words + ACTIVITY_PENALTY * activity / 2) + NEGATIVE_PENALTY * negative
+                )
         return total
 
 
 # --------------------------------------------------------------------------------------------------------------- optimization
 
 
-def optimizers(module: nn.Module, rate: float, muon: bool = True) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, unembedding, gains and biases; AdamW for all without `muon`, whose
-    steps of equal strength in every direction spread a word over many neurons."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+def optimizers(module: nn.Module, stage: str, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the vision tower's layers and of the language model's attention, AdamW for all else.
+
+    Muon learns fastest, but its steps of equal strength in every direction spread a word over many of an FFN's neurons; the
+    language model's FFNs learn at half the rate. In tuning AdamW takes everything."""
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "ffn": [], "other": []}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(True)
-        inner = muon and parameter.ndim == 2 and ".layers." in name
-        (matrices if inner else others).append(parameter)
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+        inner = parameter.ndim == 2 and ".layers." in name and stage in ("vision", "language")
+        ffn = inner and stage == "language" and ".mlp." in name
+        groups["ffn" if ffn else "muon" if inner else "other"].append(parameter)
+    slow = {"params": groups["ffn"], "lr": rate / 2, "share": 0.5}
+    adam: Any = [{"params": groups["other"], "share": 1.0}, *([slow] if groups["ffn"] else [])]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    if groups["muon"]:
+        both: Any = [{"params": groups["muon"], "share": 1.0}]
+        found.append(torch.optim.Muon(both, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
@@ -445,7 +497,7 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
     module = trainer.trained(stage)
     state = folder / f"{stage}.pt"
     trainer.model.requires_grad_(False)
-    chosen = optimizers(module, rate, muon=stage in ("vision", "language"))
+    chosen = optimizers(module, stage, rate)
     start = 0
     if state.exists():
         saved = torch.load(state, map_location=trainer.device, weights_only=True)
@@ -471,7 +523,7 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
         now = rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer in chosen:
             for group in optimizer.param_groups:
-                group["lr"] = now
+                group["lr"] = now * group["share"]
         with torch.autocast(trainer.device.type, torch.bfloat16):
             loss = trainer.loss(stage, step, steps)
         module.zero_grad(set_to_none=True)

@@ -49,7 +49,7 @@ def test_training_speaks_exactly_the_chat_template(checkpoint, tokenizer):
     processor = AutoProcessor.from_pretrained(checkpoint / "model", backend="pil")
     scene = scenes.draw(5, split="train")
     blank = [tokenizer.convert_tokens_to_ids("<image>")] * scenes.GRID**2
-    ids, kinds = train.dialogue(scene, np.random.default_rng(0), tokenizer, blank)
+    ids, kinds, _ = train.dialogue(scene, np.random.default_rng(0), tokenizer, blank, blank)
     assert len(ids) == len(kinds)
     text = tokenizer.decode([i for i in ids if i != blank[0]])
     turns = [turn.split(" ASSISTANT: ") for turn in text.removeprefix("<s>").split("USER: ")[1:]]
@@ -115,7 +115,7 @@ def test_rasters_show_the_scene(tokenizer):
             allowed = {name, *(scenes.CONCEPTS[name].parts if name in scenes.CONCEPTS else ())}
             pieces = {piece for w in allowed for piece in tokenizer.batch_decode([[i] for i in train._word_ids(tokenizer, w)])}
             wrong += word not in pieces
-    assert 0.01 < wrong / 3000 < 0.06, "three patches in a hundred are wrong, the others true"
+    assert 0.02 < wrong / 3000 < 0.08, "three patches in a hundred are wrong, and some of a few objects, the others true"
 
 
 def test_the_end_to_end_contrast_is_made_by_the_same_command(tmp_path):
