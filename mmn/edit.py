@@ -258,7 +258,7 @@ class Edit:
             "rate": rate,
         }
         report |= {"enough": enough, "weights": list(weights), "bound": bound, "steps": 0, "losses": curve}
-        bar = tqdm(range(steps + 1), desc=f"{source} -> {target}", leave=False, disable=not progress)
+        bar = tqdm(range(steps + 1), desc=f"{source} -> {target}", leave=False, delay=5, disable=not progress)
         for step in bar:
             adam.zero_grad()
             with torch.enable_grad():
