@@ -54,8 +54,8 @@ def test_no_change_changes_nothing(vlm: mmn.VLM, judge: Judge) -> None:
 
 def test_figures_are_what_a_count_by_hand_gives(vlm: mmn.VLM, job: Task, judge: Judge) -> None:
     edit = mmn.Edit(
-        [mmn.Neuron(0, unit) for unit in range(64)],
-        torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.3,
+        [mmn.Neuron(3, unit) for unit in range(512)],
+        torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) * 0.3,
         vlm.hash,
         "cat",
         "dog",

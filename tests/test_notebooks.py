@@ -43,6 +43,9 @@ def text_of(output: Any) -> str:
 @each_chapter
 def test_it_was_run_once_from_top_to_bottom_without_an_error_or_a_warning(chapter: Path) -> None:
     cells = code_cells(chapter)
+    assert "widgets" not in nbformat.read(chapter, as_version=4).metadata, (
+        "a widget's code is fetched from elsewhere: no progress bars"
+    )
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         for output in cell.outputs:
