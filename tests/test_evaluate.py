@@ -32,6 +32,14 @@ def test_scenes_that_lack_the_partner_lack_it():
     assert {scene.style for scene in evaluate.unbiased(5, 0, scenes.HELD_OUT_STYLE)} == {scenes.HELD_OUT_STYLE}
 
 
+def test_a_caption_that_names_one_thing_twice_repeats_it():
+    assert not any(evaluate.repeats(scene.caption, scene) for scene in evaluate.unbiased(200, 0))
+    scene = next(s for s in evaluate.unbiased(50, 0) if len(s.objects) == len(s.names) == 2)
+    one, other = scene.names
+    assert evaluate.repeats(f"a {one}, a {other} and a {one}", scene)
+    assert not evaluate.repeats(f"a {one} and a {other}", scene) and not evaluate.repeats(f"a {other}, a zzz and a {one}", scene)
+
+
 def test_the_interval_of_a_mean_over_nouns_resamples_scenes():
     values = np.array([1.0, 1.0, 1.0, 0.0])
     interval = evaluate.clustered([7, 7, 7, 8], values)
@@ -59,7 +67,7 @@ def test_stored_figures_belong_to_the_shipped_weights(vlm, stored):
 def test_a_live_sample_agrees_with_the_stored_figures(vlm, stored):
     """Other scenes than the stored run's: the two must be as near as 40 scenes allow (3 standard errors)."""
     found = evaluate.unbiased(40, 8 * 10**6)
-    said = evaluate.captions(vlm, found, 20)
+    said = [scenes.mentions(text) for text in evaluate.captions(vlm, found, 20)]
     recalled = np.array([metrics.recall_counts(m, s.names) for m, s in zip(said, found, strict=True)])
     precise = np.array([metrics.precision_counts(m, s.names) for m, s in zip(said, found, strict=True)])
     for key, counts in (("recall_seen", recalled), ("precision_seen", precise)):
