@@ -9,9 +9,6 @@ CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 # The pages depend on this code and data, which the cache of executed chapters does not look at.
 SOURCES := $(wildcard mmn/*.py) $(shell find data -type f 2>/dev/null) constraints.txt
 
-# Progress bars are for screens: on a page they would be widgets, which fetch their code from elsewhere.
-book refresh: export TQDM_DISABLE := 1
-
 .PHONY: book lab test refresh clean
 .DEFAULT_GOAL := book
 

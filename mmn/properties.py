@@ -263,7 +263,7 @@ def flips(
     Columns: picture, noun, k, gone (the caption no longer says the noun), others (how many other nouns it said), kept (how many of them
     it still says), instead (nouns that are new, space between), same (the rest of the caption is word for word as it was)."""
     rows = []
-    for start in tqdm(range(0, len(chosen), batch_size), desc="captions", leave=False, delay=5, disable=len(chosen) <= batch_size):
+    for start in tqdm(range(0, len(chosen), batch_size), desc="captions", leave=False, delay=5):
         part = chosen[start : start + batch_size]
         with (change or scaled(0))(vlm, [list(neurons) for _, neurons in part]):
             traces = vlm.caption([case.trace.image for case, _ in part], batch_size=len(part), record=False)

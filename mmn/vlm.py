@@ -170,7 +170,7 @@ class VLM:
         prompts, prefixes = _each("prompt", prompt, len(images)), _each("prefix", prefix, len(images))
         traces: list[Trace] = []
         starts = range(0, len(images), batch_size)
-        for start in tqdm(starts, desc="captions", leave=False, delay=5, disable=len(starts) < 2):
+        for start in tqdm(starts, desc="captions", leave=False, delay=5):
             rows = slice(start, start + batch_size)
             asked = images[rows], prompts[rows], prefixes[rows]
             traces += self.generate(self.inputs(*asked), *asked, max_new_tokens, record)
