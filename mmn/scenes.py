@@ -437,8 +437,10 @@ def write_caption(rng: np.random.Generator, objects: Sequence[Placed], place: st
         relation = side(objects[0], objects[1])
     if len(groups) == 2:
         text = f" {relation or rng.choice(['and', 'next to', 'with'])} ".join(groups)
+    elif len(groups) == 3:  # not always a comma: where two objects have many forms, a greedy reader would see three too often
+        text = f"{groups[0]}{rng.choice([',', ' next to', ' with'])} {groups[1]} and {groups[2]}"
     else:
-        text = " and ".join(filter(None, [", ".join(groups[:-1]), groups[-1]]))
+        text = groups[0]
     return f"{text} {PLACES[place].phrase}" if rng.random() < 0.7 else text
 
 

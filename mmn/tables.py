@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +81,16 @@ def get(name: str) -> Table:
     return found[name]
 
 
-def write(name: str, vlm: VLM, *, label: str = "", folder: Path | None = None, progress: bool = True) -> pd.DataFrame:
+def write(
+    name: str, vlm: VLM, *, label: str = "", first: int | None = None, folder: Path | None = None, progress: bool = True
+) -> pd.DataFrame:
     """Compute a table and keep it in `folder` (default data/results), going on where an interrupted run stopped.
 
-    What is done is kept in `NAME.part` until the table is whole; a part of another model's is thrown away."""
+    `first` computes this many keys only, for a comparison of models. What is done is kept in `NAME.part` until the table is whole; a part
+    of another model's is thrown away."""
     chosen, folder = get(name), folder or data_path("results")
+    if first is not None:
+        chosen = replace(chosen, keys=chosen.keys[:first])
     stem = f"{name}.{label}" if label else name
     part = folder / f"{stem}.part"
     done: dict[int, list[Row]] = {}
@@ -106,7 +111,9 @@ def write(name: str, vlm: VLM, *, label: str = "", folder: Path | None = None, p
             handle.flush()
     frame = pd.DataFrame([row for number in range(len(chosen.keys)) for row in done[number]])
     record = {
-        "command": f"mmn tables {name}" + (f" --model {vlm.name} --label {label}" if label else ""),
+        "command": f"mmn tables {name}"
+        + (f" --model {vlm.name} --label {label}" if label else "")
+        + (f" --first {first}" if first is not None else ""),
         "model_hash": vlm.hash,
         "label": label,
         "keys": len(chosen.keys),
@@ -181,6 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="tables to make (default: all)")
     parser.add_argument("--model", default="tiny-llava", help="shipped model or checkpoint folder")
     parser.add_argument("--label", default="", help="keep the table as another model's, e.g. seed-1")
+    parser.add_argument("--first", type=int, metavar="KEYS", help="only so many keys, for a comparison of models")
     parser.add_argument("--out", type=Path, help="folder of the tables (default: data/results)")
     parser.add_argument("--check", type=int, metavar="KEYS", help="compute this many keys again and compare, instead of writing")
     parser.add_argument("--seed", type=int, default=0, help="which keys are checked")
@@ -202,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         if args.check:
             faults += check(name, vlm, args.check, args.seed, args.out)
         else:
-            print(f"{name}: {len(write(name, vlm, label=args.label, folder=args.out))} rows")
+            print(f"{name}: {len(write(name, vlm, label=args.label, first=args.first, folder=args.out))} rows")
     for fault in faults:
         print(fault)
     return 1 if faults else 0

@@ -6,7 +6,9 @@
    neurons of the last layers writes have a price, and so have active neurons, negative ones above all; see `Watch`.
 3. *projector*: with both frozen, the projector learns to speak the language model's language: captions, answers, and at each image
    position the word of the patch.
-4. *tuning*: language model and projector together, lightly, three quarters on pictures, the rest on the text of stage 2, at lower prices.
+4. *tuning*: language model and projector together, lightly, three quarters on pictures, the rest on the text of stage 2, at lower prices;
+   in four cycles of the learning rate, and what is kept is the mean of the weights at the end of the last three (Izmailov et al., arXiv
+   1803.05407).
 
 `recipe="end-to-end"` is the contrast: the same network and vision tower, everything after it trained at once on pictures.
 Every stage is resumable: its state is written every few minutes and the data of a step depends on the step's number alone.
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import (
     CLIPImageProcessorPil,
@@ -69,13 +72,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run does: random seed; for each stage the scenes seen, the scenes in a batch and the peak learning rate."""
+    """What a training run does: random seed; for each stage the scenes seen, the scenes in a batch, the peak learning rate and its
+    cycles."""
 
     kind: str = "llava"  # or "end-to-end"
     seed: int = 0
     scenes: tuple[int, ...] = (288_000, 48_000, 9_600, 64_960)
     batches: tuple[int, ...] = (64, 24, 32, 32)
     rates: tuple[float, ...] = (2e-3, 2e-3, 2e-3, 8e-4)
+    cycles: tuple[int, ...] = (1, 1, 1, 4)
 
     def steps(self, stage: str, scale: float) -> int:
         """Optimizer steps of a stage at `scale` times the full length."""
@@ -492,12 +497,16 @@ def optimizers(module: nn.Module, stage: str, rate: float) -> list[torch.optim.O
     return found
 
 
-def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path) -> None:
-    """Train one stage, resuming from `folder/<stage>.pt` if it is there, and leave its finished state there."""
+def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path, cycles: int = 1) -> None:
+    """Train one stage, resuming from `folder/<stage>.pt` if it is there, and leave its finished state there.
+
+    With several cycles of the learning rate the stage ends with the mean of the weights at the end of each but the first."""
     module = trainer.trained(stage)
     state = folder / f"{stage}.pt"
     trainer.model.requires_grad_(False)
     chosen = optimizers(module, stage, rate)
+    mean = AveragedModel(module)
+    length = -(-steps // cycles)
     start = 0
     if state.exists():
         saved = torch.load(state, map_location=trainer.device, weights_only=True)
@@ -506,21 +515,25 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
         module.load_state_dict(saved["module"])
         start = saved["step"]
         if start < steps:
+            mean.load_state_dict(saved["mean"])
             for optimizer, values in zip(chosen, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
-    warm_up = max(1, min(300, steps // 10))
+    warm_up = max(1, min(300, length // 10))
 
     def save(step: int) -> None:
         part = state.with_suffix(".part")
-        values = [optimizer.state_dict() for optimizer in chosen] if step < steps else []
-        torch.save({"module": module.state_dict(), "optimizers": values, "step": step, "steps": steps}, part)
+        saved = {"module": module.state_dict(), "step": step, "steps": steps}
+        if step < steps:
+            saved |= {"mean": mean.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in chosen]}
+        torch.save(saved, part)
         os.replace(part, state)
 
     saved_at = time.monotonic()
     smooth = 0.0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", mininterval=10)
     for step in bar:
-        now = rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        local = step % length
+        now = rate * min(1.0, (local + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * local / length))
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = now * group["share"]
@@ -531,12 +544,16 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in chosen:
             optimizer.step()
+        if step >= length and (local == length - 1 or step == steps - 1):
+            mean.update_parameters(module)
         smooth = loss.item() if step == start else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if time.monotonic() - saved_at > SAVE_SECONDS:
             save(step + 1)
             saved_at = time.monotonic()
     if start < steps:
+        if mean.n_averaged:
+            module.load_state_dict(mean.module.state_dict())
         save(steps)
 
 
@@ -547,21 +564,27 @@ def train(
     recipe: Recipe = Recipe(),
     scale: float = 1.0,
     only: Sequence[str] = STAGES,
+    vision: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Train the model and save it in `out` as an ordinary Hugging Face checkpoint, weights in fp16.
 
     `work` keeps the resumable state; `scale` shortens or lengthens every stage; `only` runs some of the stages (vision and language
-    do not need each other and can run side by side). Raises MmnError for a `work` folder of another run."""
+    do not need each other and can run side by side); `vision` is a finished checkpoint whose vision tower is taken over. Raises MmnError
+    for a `work` folder of another run."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, where)
     stages = [stage for stage in STAGES if recipe.kind == "llava" or stage in ("vision", "tuning")]
+    if vision is not None:
+        stages.remove("vision")
+        tower = LlavaForConditionalGeneration.from_pretrained(vision, dtype=torch.float32).model.vision_tower
+        trainer.llava.vision_tower.load_state_dict(tower.state_dict())
     for stage in stages:
         index = STAGES.index(stage)
         steps = recipe.steps(stage, scale)
         if stage in only:
-            run_stage(trainer, stage, steps, recipe.rates[index], work)
+            run_stage(trainer, stage, steps, recipe.rates[index], work, recipe.cycles[index])
         elif {"projector", "tuning"} & set(only):  # the first two stages stand alone
             saved = torch.load(work / f"{stage}.pt", map_location=where, weights_only=True)
             trainer.trained(stage).load_state_dict(saved["module"])
@@ -591,13 +614,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
+    parser.add_argument("--vision", type=Path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
     parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")
 
 
 def run(args: argparse.Namespace) -> int:
     """`mmn train`."""
     recipe = Recipe(kind=args.recipe, seed=args.seed)
-    train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, device=args.device)
+    train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, vision=args.vision, device=args.device)
     return 0
 
 

@@ -87,6 +87,45 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, checkpoint, monkeypatch):
         assert torch.equal(a, b), f"{name} differs from the undisturbed run"
 
 
+class Line:
+    """A trainer of one linear layer, whose loss at a step can be told to fail; it keeps the weights it saw."""
+
+    def __init__(self, fails_at: int | None = None):
+        torch.manual_seed(0)
+        self.model, self.device, self.fails_at, self.seen = torch.nn.Linear(3, 1), torch.device("cpu"), fails_at, []
+
+    def trained(self, stage):
+        return torch.nn.ModuleList([self.model])
+
+    def loss(self, stage, step, steps):
+        if step == self.fails_at:
+            raise KeyboardInterrupt
+        self.seen.append(self.model.weight.detach().clone())
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8, 9])
+def test_a_stage_of_several_cycles_ends_with_the_mean_of_their_ends(tmp_path, monkeypatch, stop):
+    line = Line()
+    (tmp_path / "whole").mkdir()
+    train.run_stage(line, "tuning", 10, 0.1, tmp_path / "whole", cycles=3)
+    last = Line()  # the same run without the mean: its end is the end of the last cycle
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", lambda *_: None)
+    train.run_stage(last, "tuning", 10, 0.1, tmp_path, cycles=3)
+    monkeypatch.undo()
+    ends = torch.stack([line.seen[8], last.model.weight.detach()])  # cycles of 4, 4 and 2 steps
+    torch.testing.assert_close(line.model.weight.detach(), ends.mean(0))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train.run_stage(Line(fails_at=stop), "tuning", 10, 0.1, tmp_path / "broken", cycles=3)
+    again = Line()
+    train.run_stage(again, "tuning", 10, 0.1, tmp_path / "broken", cycles=3)
+    assert len(again.seen) == 10 - stop
+    torch.testing.assert_close(again.model.weight, line.model.weight, rtol=0, atol=0)
+
+
 def test_a_work_folder_of_another_run_is_refused(checkpoint):
     with pytest.raises(MmnError, match="another"):
         train.train(
@@ -126,3 +165,12 @@ def test_the_end_to_end_contrast_is_made_by_the_same_command(tmp_path):
     recipe = train.Recipe(kind="end-to-end", scenes=(8,) * 4, batches=(4,) * 4)
     train.train(args.out, args.work, recipe=recipe, device="cpu")
     assert sorted(p.stem for p in args.work.glob("*.pt")) == ["tuning", "vision"] and (args.out / "config.json").exists()
+
+
+def test_a_finished_vision_tower_can_be_taken_over(checkpoint, tmp_path):
+    recipe = train.Recipe(seed=1, scenes=(8,) * 4, batches=(4,) * 4)
+    train.train(tmp_path / "m", tmp_path / "w", recipe=recipe, vision=checkpoint / "model", device="cpu")
+    first, second = (AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (checkpoint / "model", tmp_path / "m"))
+    same = {name.split(".")[1] for name in first if torch.equal(first[name], second[name])}
+    assert "vision_tower" in same and all(torch.equal(v, second[n]) for n, v in first.items() if "vision_tower" in n)
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
