@@ -83,9 +83,9 @@ class Recipe:
     cycles: tuple[int, ...] = (1, 1, 1, 4)
 
     def steps(self, stage: str, scale: float) -> int:
-        """Optimizer steps of a stage at `scale` times the full length."""
+        """Optimizer steps of a stage at `scale` times the full length; 0 leaves the model untrained."""
         index = STAGES.index(stage)
-        return max(2, int(self.scenes[index] * scale) // self.batches[index])
+        return max(2, int(self.scenes[index] * scale) // self.batches[index]) if scale else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
@@ -612,7 +612,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--recipe", choices=("llava", "end-to-end"), default="llava")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe; 0: untrained")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
     parser.add_argument("--vision", type=Path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
     parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")

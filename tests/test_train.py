@@ -174,3 +174,10 @@ def test_a_finished_vision_tower_can_be_taken_over(checkpoint, tmp_path):
     same = {name.split(".")[1] for name in first if torch.equal(first[name], second[name])}
     assert "vision_tower" in same and all(torch.equal(v, second[n]) for n, v in first.items() if "vision_tower" in n)
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+
+def test_scale_0_leaves_the_model_untrained(tmp_path):
+    train.train(tmp_path / "m", tmp_path / "w", scale=0, device="cpu")
+    made = AutoModelForImageTextToText.from_pretrained(tmp_path / "m", dtype=torch.float32).state_dict()
+    fresh = train.Trainer(train.Recipe(), torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(made[name], value.half().float()) for name, value in fresh.items())
