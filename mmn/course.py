@@ -1,0 +1,283 @@
+"""A course from the book's own notebooks: an edition for students, one for instructors, slides, and points for what students hand in.
+
+Cells carry tags. `exercise` is what a student fills in; `check`, behind it, prints one line, which begins with `right` if the answer is
+right and says what is wrong if it is not; `solution` is a right answer that prints the same check. From that source
+
+- the **student's** edition leaves out the solutions (nbconvert's TagRemovePreprocessor);
+- the **instructor's** has each solution where the student's has an empty function;
+- **grading** takes nothing of a handed-in notebook but its exercise cells, puts them into the source, runs it and reads the checks; an
+  exercise is worth as many points as it has stars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mmn.errors import MmnError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from nbformat import NotebookNode
+
+ROOT = Path(__file__).parent.parent
+ASSIGNMENT = ROOT / "book" / "assignment.ipynb"
+EDITIONS = ("student", "instructor")
+SECONDS = 600  # that one cell may take
+RIGHT = re.compile(r"right($|[:,])")  # how a check's line begins if the answer is right
+TITLE = re.compile(r"\*\*(\d+\. [^*]+)\*\* \((★+)")
+SHORT = 8  # lines of code that still fit beside a figure on a slide
+
+
+class Exercise(NamedTuple):
+    """Where the parts of an exercise are, as indices of the notebook's cells. title: as `3. Does the sum hold?`; points: its stars."""
+
+    title: str
+    points: int
+    stub: int
+    check: int
+    solution: int
+
+
+def sources() -> list[Path]:
+    """The chapters and the assignment. Raises MmnError outside of a checkout."""
+    chapters = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    if not (chapters and ASSIGNMENT.exists()):
+        raise MmnError("The course is made from the notebooks of a checkout, and this installation has none: clone the project.")
+    return [*chapters, ASSIGNMENT]
+
+
+def read(path: Path) -> NotebookNode:
+    """A notebook. Raises MmnError if the file is none."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError) as error:  # NotJSONError is a ValueError
+        raise MmnError(f"{path} is no notebook that can be read ({type(error).__name__}); hand in an .ipynb file.") from error
+
+
+def tagged(cell: NotebookNode, tag: str) -> bool:
+    """Whether a cell carries a tag."""
+    return tag in cell.metadata.get("tags", [])
+
+
+def exercises(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises of a source notebook, in order.
+
+    Raises MmnError where an exercise lacks its title with stars, its check or its solution, or where check and solution do not end
+    with the same line, which prints the check."""
+    found = []
+    cells = notebook.cells
+    stubs = [index for index, cell in enumerate(cells) if tagged(cell, "exercise")]
+    for stub, end in zip(stubs, [*stubs[1:], len(cells)], strict=True):
+        titles = TITLE.findall("\n".join(cell.source for cell in cells[:stub] if cell.cell_type == "markdown"))
+        rest = range(stub + 1, end)
+        check = next((i for i in rest if tagged(cells[i], "check")), 0)
+        solution = next((i for i in rest if tagged(cells[i], "solution") and cells[i].cell_type == "code"), 0)
+        if not (titles and check and solution):
+            lacks = "title with stars" if not titles else "check" if not check else "solution"
+            raise MmnError(f"An exercise has no {lacks}: {cells[stub].source.splitlines()[0]!r}; see CONTRIBUTING.md.")
+        last = cells[check].source.splitlines()[-1]
+        if not last.startswith("print(check_") or cells[solution].source.splitlines()[-1] != last:
+            raise MmnError(f"The check and the solution of {titles[-1][0]!r} must both end with one line: print(check_...(...)).")
+        found.append(Exercise(titles[-1][0], len(titles[-1][1]), stub, check, solution))
+    return found
+
+
+def student(notebook: NotebookNode) -> NotebookNode:
+    """The edition without solutions and without outputs."""
+    from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
+
+    exercises(notebook)  # or a sentence
+    made, resources = TagRemovePreprocessor(remove_cell_tags={"solution"}).preprocess(copy.deepcopy(notebook), {})
+    return ClearOutputPreprocessor().preprocess(made, resources)[0]
+
+
+def instructor(notebook: NotebookNode) -> NotebookNode:
+    """The edition in which every exercise is solved, without outputs: the student's cells, their ids among them, and what solutions
+    say beside."""
+    from nbconvert.preprocessors import ClearOutputPreprocessor
+
+    made = copy.deepcopy(notebook)
+    found = exercises(made)
+    for each in found:
+        made.cells[each.stub].source = "\n".join(made.cells[each.solution].source.splitlines()[:-1]).strip()
+    moved = {each.solution for each in found}
+    made.cells = [cell for index, cell in enumerate(made.cells) if index not in moved]
+    return ClearOutputPreprocessor().preprocess(made, {})[0]
+
+
+def answered(source: NotebookNode, submission: NotebookNode) -> NotebookNode:
+    """The student's edition of a source with the exercise cells of a submission, found by their ids; nothing else is taken from it.
+
+    Raises MmnError if the submission has none of them."""
+    made = student(source)
+    given = {cell.get("id"): cell.source for cell in submission.cells if cell.cell_type == "code"}
+    own = [cell for cell in made.cells if tagged(cell, "exercise")]
+    if not any(cell.id in given for cell in own):
+        raise MmnError("The notebook handed in has none of the exercise cells of its source: was it made from another edition?")
+    for cell in own:
+        cell.source = given.get(cell.id, cell.source)
+    return made
+
+
+def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it."""
+    from nbclient import NotebookClient
+
+    made = copy.deepcopy(notebook)
+    place: dict[str, Any] = {"metadata": {"path": str(folder)}}
+    NotebookClient(made, timeout=SECONDS, allow_errors=True, kernel_name="python3", resources=place).execute()
+    return made
+
+
+def results(source: NotebookNode, run: NotebookNode) -> pd.DataFrame:
+    """One row an exercise of a source: exercise, points, of, and what the check said in the edition that was run."""
+    import pandas as pd
+
+    cells = {cell.id: cell for cell in run.cells}
+    rows = []
+    for each in exercises(source):
+        says = said(cells[source.cells[each.check].id])
+        rows.append((each.title, each.points * bool(RIGHT.match(says)), each.points, says))
+    return pd.DataFrame(rows, columns=["exercise", "points", "of", "says"])
+
+
+def said(cell: NotebookNode) -> str:
+    """The last line of what a cell printed, or the error that stopped it."""
+    for output in cell.outputs:
+        if output.output_type == "error":
+            return f"stopped by {output.ename}: {output.evalue}"
+    lines = "".join(output.get("text", "") for output in cell.outputs).strip().splitlines()
+    return lines[-1] if lines else "nothing"
+
+
+# -------------------------------------------------------------------------------------------------------------------- slides
+
+
+def slides(notebook: NotebookNode, reveal: str = "") -> str:
+    """A page of reveal.js slides: each section a slide, below it its text, figures and tables; code only where it is short.
+
+    Parameters, imports and exercises are left out, and the code of cells that are folded in the book. reveal: address of a folder of
+    reveal.js (default: nbconvert's, on the network). Making the page needs no network; showing it does, for reveal.js and formulas."""
+    from nbconvert import SlidesExporter
+    from traitlets.config import Config
+
+    made = copy.deepcopy(notebook)
+    for cell in made.cells:
+        cell.metadata["slideshow"] = {"slide_type": _slide(cell)}
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+        elif len(cell.source.splitlines()) > SHORT:
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
+    exporter = SlidesExporter(config=config, reveal_scroll=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    if reveal:
+        exporter.reveal_url_prefix = reveal
+    return exporter.from_notebook_node(made)[0]
+
+
+def _slide(cell: NotebookNode) -> str:
+    """nbconvert's name for what a cell becomes: slide (to the right), subslide (below) or skip."""
+    if cell.cell_type == "markdown":
+        text = plain(cell.source)
+        return "skip" if not text else "slide" if re.match("##? ", text) else "subslide"
+    hidden = {"parameters", "exercise", "check", "solution"} & set(cell.metadata.get("tags", []))
+    return "subslide" if cell.get("outputs") and not hidden else "skip"
+
+
+def plain(text: str) -> str:
+    """Markdown without exercises, and without the roles that only the book understands: {cite}, {doc}, {term}."""
+    text = re.split(r"^## Exercises$|\*\*\d+\. [^*]+\*\* \(★", text, flags=re.MULTILINE)[0]
+    text = re.sub(r"\s*\{cite\}`[^`]*`", "", text)
+    return re.sub(r"\{(?:term|doc|ref)\}`([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", text).strip()
+
+
+# ------------------------------------------------------------------------------------------------------------------- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The commands of `mmn course`, and their options."""
+    commands = parser.add_subparsers(dest="what", metavar="make|slides|grade", required=True)
+    make = commands.add_parser("make", help="write the editions for students and for instructors")
+    make.add_argument("--run", action="store_true", help="run both: all checks pass for instructors, none for students (minutes)")
+    show = commands.add_parser("slides", help="write each chapter as slides (reveal.js)")
+    show.add_argument("--reveal", default="", help="address of a folder of reveal.js (default: on the network)")
+    for command in (make, show):
+        command.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+        command.add_argument("--only", nargs="+", metavar="NAME", help="these notebooks only, e.g. 00_tour assignment")
+    grade = commands.add_parser("grade", help="run what students handed in, which executes their code, and count points")
+    grade.add_argument("submissions", nargs="+", type=Path, metavar="NOTEBOOK")
+    grade.add_argument("--source", default="assignment", help="what they were made from (default: %(default)s)")
+    grade.add_argument("--json", type=Path, metavar="FILE", help="write points and what every check said")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mmn course`; 1 if an edition that was run is not as it should be. Raises MmnError for bad input."""
+    return {"make": _make, "slides": _slides, "grade": _grade}[args.what](args)
+
+
+def _chosen(only: Sequence[str] | None) -> list[Path]:
+    every = {path.stem: path for path in sources()}
+    if unknown := [name for name in only or () if name not in every]:
+        raise MmnError(f"There is no notebook {unknown[0]!r}; there are {', '.join(every)}.")
+    return [path for name, path in every.items() if not only or name in only]
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MmnError(f"{folder} is there already, and not empty: choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _make(args: argparse.Namespace) -> int:
+    import nbformat
+
+    wrong = 0
+    chosen, out = _chosen(args.only), _empty(args.out)
+    for edition, of in zip(EDITIONS, (student, instructor), strict=True):
+        folder = out / edition
+        shutil.copytree(ROOT / "notebooks" / "figures", folder / "figures")
+        for path in chosen:
+            source = read(path)
+            made = of(source)
+            nbformat.write(made, folder / path.name)
+            if args.run:
+                print(f"{edition} {path.stem}", flush=True)
+                table = results(source, executed(made, folder))
+                print(table[["exercise", "says"]].to_string(index=False, header=False), flush=True)
+                wrong += int((table["points"].gt(0) != (edition == "instructor")).sum())
+    print(f"{len(chosen)} notebooks for students and for instructors are in {out}")
+    if wrong:
+        print(f"{wrong} checks are not as they should be: right for instructors, not yet right for students")
+    return min(wrong, 1)
+
+
+def _slides(args: argparse.Namespace) -> int:
+    chosen, out = _chosen(args.only), _empty(args.out)
+    for path in chosen:
+        (out / f"{path.stem}.slides.html").write_text(slides(read(path), args.reveal), encoding="utf-8")
+    shutil.copytree(ROOT / "notebooks" / "figures", out / "figures")
+    print(f"{len(chosen)} sets of slides are in {out}")
+    return 0
+
+
+def _grade(args: argparse.Namespace) -> int:
+    (path,) = _chosen([args.source])
+    source, record = read(path), {}
+    for submission in args.submissions:
+        table = results(source, executed(answered(source, read(submission)), path.parent))
+        print(f"{submission.name}: {table['points'].sum()} of {table['of'].sum()} points")
+        print(table.to_string(index=False), flush=True)
+        record[submission.name] = table.to_dict("records")
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
