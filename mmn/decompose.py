@@ -6,7 +6,7 @@ the biases of the norm and the unembedding, which are a part of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 import torch
@@ -57,24 +57,35 @@ def decompose(vlm: VLM, trace: Trace, noun: str | Noun) -> pd.DataFrame:
     for layer, (before, after, ffn) in enumerate(zip(at[:-1], at[1:], ffns, strict=True)):
         rows.append(("attention", layer, float((after - before - ffn) @ towards)))
         rows.append(("FFN", layer, float(ffn @ towards)))
-    rows.append(("biases", -1, _bias(vlm, chosen.token)))
+    rows.append(("biases", -1, float(read_out(vlm, torch.zeros(1, vlm.hidden))[0, chosen.token])))  # of a stream of zeros
     return pd.DataFrame(rows, columns=["part", "layer", "logit"])
 
 
-def _bias(vlm: VLM, token: int) -> float:
-    """What the biases of norm and unembedding bring: the logit of a stream of zeros."""
-    norm, unembedding = vlm.anatomy.final_norm, vlm.anatomy.unembedding
-    zero = torch.zeros(1, vlm.hidden, device=vlm.device, dtype=next(unembedding.parameters()).dtype)
-    return float(unembedding(zero if norm is None else norm(zero))[0, token])
-
-
 @torch.no_grad()
-def lens(vlm: VLM, trace: Trace, step: int, positions: Tensor | None = None) -> Tensor:
-    """The logit lens (nostalgebraist 2020): final norm and unembedding applied to the stream before each layer and after the last, as log
-    probabilities `[layers + 1, positions, vocabulary]`, at some positions (an index; default: the last alone)."""
-    stream, _, _ = streams(vlm, trace, step)
-    chosen = stream[:, -1:] if positions is None else stream[:, positions]
+def read_out(vlm: VLM, stream: Tensor) -> Tensor:
+    """The final norm and the unembedding applied to vectors of the stream `[n, hidden]`: logits, float32 `[n, vocabulary]`."""
     norm, unembedding = vlm.anatomy.final_norm, vlm.anatomy.unembedding
     weight = next(unembedding.parameters())
-    chosen = chosen.to(weight.device, weight.dtype)
-    return unembedding(chosen if norm is None else norm(chosen)).float().log_softmax(-1).cpu()
+    given = stream.to(vlm.device, weight.dtype)
+    return unembedding(given if norm is None else norm(given)).float().cpu()
+
+
+def lens(vlm: VLM, trace: Trace, step: int, positions: Tensor | None = None, tokens: Sequence[int] | None = None) -> Tensor:
+    """The logit lens (nostalgebraist 2020): final norm and unembedding applied to the stream before each layer and after the last, as log
+    probabilities `[layers + 1, positions, vocabulary]`, at some positions (an index; default: the last alone) and of some tokens
+    (`[layers + 1, positions, tokens]`; default: all)."""
+    chosen = slice(None) if tokens is None else list(tokens)
+    return torch.stack([logp[:, chosen] for logp in _lenses(vlm, trace, step, positions)])
+
+
+def likeliest(vlm: VLM, trace: Trace, step: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `lens` reads as the likeliest token: its id and its probability, `[layers + 1, positions]` each."""
+    best = [logp.max(-1) for logp in _lenses(vlm, trace, step, positions)]
+    return torch.stack([each.indices for each in best]), torch.stack([each.values for each in best]).exp()
+
+
+def _lenses(vlm: VLM, trace: Trace, step: int, positions: Tensor | None) -> Iterator[Tensor]:
+    """Log probabilities `[positions, vocabulary]` before each layer and after the last; one after the other, since all are large."""
+    stream, _, _ = streams(vlm, trace, step)
+    for layer in stream:
+        yield read_out(vlm, layer[-1:] if positions is None else layer[positions]).log_softmax(-1)

@@ -227,3 +227,35 @@ def matrix(
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > middle else "white")
     ax.figure.colorbar(shown, ax=ax, shrink=0.8, label=unit)
     return ax
+
+
+def words(
+    image: Image.Image,
+    tokens: Sequence[Sequence[str]],
+    values: ArrayLike,
+    ax: Axes | None = None,
+    title: str = "",
+    box: tuple[float, float, float, float] | None = None,
+    most: int = 12,
+) -> Axes:
+    """A word written on each patch of a pale picture; bold and coloured where its value is above 0.5.
+
+    `tokens` is a grid `[h][w]` of texts and `values` its numbers `[h, w]` between 0 and 1, such as probabilities, drawn over `box` as in
+    `heatmap`. Where the grid has more than `most` rows or columns, every second, third, ... patch is written."""
+    sure = np.asarray(values, float)
+    rows, columns = sure.shape
+    ax = _axes(ax, 6.6, 6.6)
+    width, height = image.size
+    ax.imshow(image, alpha=0.35, extent=(0, width, height, 0))
+    left, top, right, bottom = box or (0, 0, width, height)
+    step = -(-max(rows, columns) // most)
+    for row in range(step // 2, rows, step):
+        for column in range(step // 2, columns, step):
+            there = sure[row, column] > 0.5
+            place = left + (column + 0.5) * (right - left) / columns, top + (row + 0.5) * (bottom - top) / rows
+            written = label(tokens[row][column].strip())[:9]
+            colour, weight = (VERMILION, "bold") if there else ("black", "normal")
+            ax.text(*place, written, ha="center", va="center", fontsize=7.5, color=colour, weight=weight)
+    ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    ax.set_title(label(title), fontsize=9)
+    return ax

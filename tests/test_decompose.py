@@ -56,3 +56,7 @@ def test_the_lens_ends_with_the_models_own_words() -> None:
     assert got.shape == (4, 5, logits.shape[-1])
     torch.testing.assert_close(got[-1], logits[4:9].log_softmax(-1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(decompose.lens(vlm, trace, 3)[-1, 0], logits[-1].log_softmax(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decompose.lens(vlm, trace, 3, torch.arange(4, 9), [9, 2]), got[..., [9, 2]])
+    ids, p = decompose.likeliest(vlm, trace, 3, torch.arange(4, 9))
+    assert torch.equal(ids, got.argmax(-1))
+    torch.testing.assert_close(p, got.exp().amax(-1))

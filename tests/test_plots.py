@@ -94,3 +94,11 @@ def test_a_matrix_is_named_on_both_sides() -> None:
     assert [text.get_text() for text in ax.texts] == ["1.00", "2.00", "3.00", "4.00", "5.00", "6.00"]
     with pytest.raises(MmnError, match="one for each side"):
         plots.matrix(np.ones((2, 2)), ["cat"], ["a", "b"])
+
+
+def test_words_stand_on_their_patches() -> None:
+    ax = plots.words(SCENE.image, [[" cat", "sky"], ["a$b", "dog"]], [[0.9, 0.1], [0.2, 0.6]])
+    written = {text.get_text(): (text.get_position(), text.get_weight()) for text in ax.texts}
+    assert written["cat"] == ((30.0, 30.0), "bold") and written["sky"] == ((90.0, 30.0), "normal") and len(written) == 4
+    many = plots.words(SCENE.image, [["x"] * 24] * 24, np.zeros((24, 24)), most=12)
+    assert len(many.texts) == 144

@@ -1,0 +1,217 @@
+"""Is a neuron's write a vote for words? What the direct score assumes, tested on the neurons of one caption [ours].
+
+The score reads the write `a_i w_i` with the unembedding alone. Between the two stand the *final norm*, whose scale depends on the whole
+stream; the *later layers*, which read the write and answer it; and the *softmax*, to which a shift common to all words is nothing.
+`votes` measures, neuron by neuron, what the score says and what is true at each of these stations; `cast_again` lets neurons vote after
+other layers than their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from mmn.anatomy import Neuron
+from mmn.contribution import contributions, through_norm
+from mmn.decompose import read_out
+from mmn.errors import MmnError
+from mmn.hooks import Removable, hooked
+from mmn.metrics import Interval, bootstrap, mean
+from mmn.nouns import Noun
+from mmn.oracle import Moment
+from mmn.trace import Trace
+from mmn.vlm import VLM
+from mmn.weights import matrix
+
+HOLDS, PARTLY = 0.9, 0.5  # of a correlation or a share that is 1 where an assumption is true; fixed before anything was measured
+
+
+@torch.no_grad()
+def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int = 64, seed: int = 0) -> pd.DataFrame:
+    """One row a neuron that is active where the noun is produced: the `k` of highest direct score (`found`) and up to `per_layer` others
+    of each layer, at random. In logits, but for the last two:
+
+    score, norm_aware, centred: the scores of these names. direct: what the logit loses when the write leaves the final norm's input
+    and nothing else changes (the norm's scale is computed anew). total: what it loses when the neuron is zeroed at this position, so
+    that later layers answer. direct_log_p: as direct, of log p (nats). scale: the norm's divisor without the write over that with it.
+    common: the share of the votes' mean square, over all words, that is common to all: 1 is a shift of all words alike, 0 is none;
+    common_random: the same of a vector of the write's length in a random direction.
+
+    Raises MmnError as `contributions` does, and for numbers below 1."""
+    if min(k, per_layer) < 1:
+        raise MmnError("k and per_layer are numbers of neurons, at least 1.")
+    chosen = trace.noun(noun)
+    table = pd.DataFrame({"score": torch.cat(contributions(vlm, trace, chosen)).numpy()})
+    for name in ("norm_aware", "centred"):
+        table[name] = torch.cat(contributions(vlm, trace, chosen, name)).numpy()
+    sizes = vlm.anatomy.neurons
+    table.insert(0, "layer", [layer for layer, size in enumerate(sizes) for _ in range(size)])
+    table.insert(1, "unit", [unit for size in sizes for unit in range(size)])
+    table["found"] = table["score"].rank(ascending=False, method="first") <= k
+    active = table[torch.cat([layer[chosen.step] != 0 for layer in trace.activations]).numpy()]
+    others = active[~active["found"]].sample(frac=1, random_state=seed).groupby("layer").head(per_layer)
+    table = pd.concat([active[active["found"]], others]).sort_values(["layer", "unit"]).reset_index(drop=True)
+    moment = Moment(vlm, trace, chosen)
+    parts = [
+        _measured(vlm, trace, chosen, moment, layer, table["unit"][table["layer"] == layer].tolist())
+        for layer in table["layer"].unique().tolist()
+    ]
+    return pd.concat([table, pd.concat(parts, ignore_index=True)], axis=1)
+
+
+def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, units: list[int]) -> pd.DataFrame:
+    """The measured columns of `votes` for some neurons of a layer."""
+    assert trace.stream is not None
+    stream = trace.stream[noun.step]
+    written = _written(vlm, trace, noun, [Neuron(layer, unit) for unit in units])
+    logits = read_out(vlm, torch.cat([stream[None], stream - written]))
+    log_p = logits.log_softmax(-1)[:, noun.token]
+    total = []
+    for some in torch.tensor(units).split(127):
+
+        def silence(seen: Tensor, some: Tensor = some) -> Tensor:
+            changed = seen.clone()
+            changed[torch.arange(1, len(some) + 1), -1, some] = 0
+            return changed
+
+        logit = moment.measures(moment.logits(len(some) + 1, [(layer, silence)]))[:, 1]
+        total.append(logit[0] - logit[1:])  # row 0 is the model as it is, in the same batch
+    return pd.DataFrame(
+        {
+            "direct": (logits[0] - logits[1:])[:, noun.token].numpy(),
+            "total": torch.cat(total).numpy(),
+            "direct_log_p": (log_p[0] - log_p[1:]).numpy(),
+            "scale": _scale(vlm, stream - written, stream).numpy(),
+            "common": _common(vlm, written),
+            "common_random": _common(vlm, _random_like(written, noun.token + layer)),
+        }
+    )
+
+
+def _written(vlm: VLM, trace: Trace, noun: Noun, neurons: Sequence[Neuron]) -> Tensor:
+    """What the neurons add to the stream where the noun is produced, `a_i w_i`: float32 `[neurons, hidden]`."""
+    activations = torch.stack([trace.activations[layer][noun.step, unit] for layer, unit in neurons])
+    return activations[:, None] * vlm.anatomy.writes(neurons).cpu()
+
+
+def _scale(vlm: VLM, changed: Tensor, stream: Tensor) -> Tensor:
+    """The final norm's divisor at some vectors `[n, hidden]` over that at `stream` `[hidden]`: `[n]`."""
+    probe = torch.ones(len(changed) + 1, stream.shape[-1])
+    probe[:, ::2] = -1  # any direction but one that a norm with a mean takes off
+    sizes = through_norm(vlm, probe, torch.cat([stream[None], changed])).norm(dim=-1)
+    return sizes[0] / sizes[1:]
+
+
+def _common(vlm: VLM, vectors: Tensor) -> np.ndarray:
+    """The share of the mean square of `<vector, u_v>`, over all words v, that is the square of their mean: `[n]`."""
+    unembedding = matrix(vlm.anatomy.unembedding)
+    cast = vectors.to(unembedding) @ unembedding.T
+    return (cast.mean(-1).square() / cast.square().mean(-1).clamp(min=1e-30)).float().cpu().numpy()
+
+
+def _random_like(vectors: Tensor, seed: int) -> Tensor:
+    """Vectors of the same lengths `[n, hidden]` in random directions."""
+    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    return noise * (vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+
+
+@torch.no_grad()
+def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuron], seed: int = 0) -> pd.DataFrame:
+    """Each neuron's write added to the stream once more, where the noun is produced, after each layer in turn; beside it a vector of the
+    same length in a random direction. One row a write and layer, in logits: `kind` (vote or random), `layer` (after which it is added),
+    `direct` (what the noun's logit gains if no later layer answers) and `total` (what it truly gains). After the last layer the two
+    are the same. Raises MmnError as `contributions` does, and for no neurons."""
+    chosen = trace.noun(noun)
+    if not neurons:
+        raise MmnError("There are no neurons to vote: give at least one.")
+    moment = Moment(vlm, trace, chosen)  # which also says whether the caption was recorded
+    assert trace.stream is not None
+    written = _written(vlm, trace, chosen, neurons)
+    pushed = torch.cat([written, _random_like(written, seed)])
+    stream = trace.stream[chosen.step]
+    logits = read_out(vlm, torch.cat([stream[None], stream + pushed]))[:, chosen.token]
+    rows = {"kind": ["vote"] * len(written) + ["random"] * len(written), "direct": (logits[1:] - logits[0]).tolist()}
+    norm = vlm.anatomy.final_norm or vlm.anatomy.unembedding
+    parts = []
+    for layer, reader in enumerate([*vlm.anatomy.layers[1:], norm]):
+        with hooked(_pushing(reader, torch.cat([torch.zeros(1, vlm.hidden), pushed]))):
+            total = moment.measures(moment.logits(len(pushed) + 1))[:, 1]
+        parts.append(pd.DataFrame({"layer": layer, **rows, "total": (total[1:] - total[0]).tolist()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _pushing(reader: Any, pushed: Tensor) -> Iterator[Removable]:
+    """A hook that adds `pushed` `[rows, hidden]` to what a module reads, one row of the batch each."""
+
+    def push(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        seen = args[0] if args else kwargs["hidden_states"]
+        changed = (seen.float() + pushed[:, None].to(seen.device)).to(seen.dtype)
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+
+    yield reader.register_forward_pre_hook(push, with_kwargs=True)
+
+
+# Each assumption: its name, two columns of `votes` that agree where it is true, and whether only neurons that have later layers count.
+ASSUMPTIONS: tuple[tuple[str, str, str, bool], ...] = (
+    ("final norm: its gain", "score", "norm_aware", False),
+    ("final norm: its scale", "norm_aware", "direct", False),
+    ("later layers", "direct", "total", False),
+    ("later layers, where there are any", "direct", "total", True),
+    ("common shift", "score", "centred", False),
+)
+
+
+def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.DataFrame:
+    """The assumptions' verdicts from tables of `votes`, one a scene, of a model with so many layers.
+
+    One row an assumption, with two measures of agreement, each an Interval that resamples scenes, its control and a verdict. *order*: the
+    rank correlation of a scene's neurons, averaged over the scenes with at least 5. *size*: the cosine of the two columns over all
+    scenes' neurons, to which large values matter most. The controls are the same with the first column shuffled among the neurons of
+    a layer. neurons: how many counted. Raises MmnError for no tables."""
+    if not tables:
+        raise MmnError("There are no votes to judge: give the table of at least one scene.")
+    whole = pd.concat([table.assign(scene=scene) for scene, table in enumerate(tables)], ignore_index=True)
+    found = {}
+    for name, one, other, later in ASSUMPTIONS:
+        part = whole[whole["layer"] < layers - 1] if later else whole
+        rng = np.random.default_rng(seed)
+        shuffled = part.assign(**{one: part.groupby("layer")[one].transform(lambda values, rng=rng: rng.permutation(values))})
+        row: dict[str, Any] = {"neurons": len(part)}
+        for measure, statistic in (("order", _order), ("size", _size)):
+            value, control = statistic(part, one, other), statistic(shuffled, one, other)
+            row |= {measure: value, f"{measure}_control": control, f"{measure}_verdict": verdict(value, control)}
+        found[name] = row
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("assumption")
+
+
+def _order(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+    rows = [spearmanr(scene[one], scene[other])[0] for _, scene in part.groupby("scene") if len(scene) >= 5]
+    rows = [row for row in rows if not math.isnan(row)]
+    return bootstrap(rows, mean) if rows else None
+
+
+def _size(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+    products = pd.DataFrame({"both": part[one] * part[other], "one": part[one] ** 2, "other": part[other] ** 2})
+    rows = products.groupby(part["scene"]).sum().to_numpy()
+    return bootstrap(rows, _cosine) if len(rows) else None
+
+
+def _cosine(rows: np.ndarray) -> float:
+    both, one, other = rows.sum(0)
+    return float(both / math.sqrt(one * other)) if one * other else math.nan
+
+
+def verdict(value: Interval | None, control: Interval | None) -> str:
+    """What a figure that is 1 where an assumption is true says of it: `holds` if its interval lies above 0.9, `holds in part` if above 0.5,
+    `fails` if it lies below 0.5 or not above the control's, else `undecided`; `untested` without a figure."""
+    if value is None or math.isnan(value.value):
+        return "untested"
+    if value.high < PARTLY or (control is not None and value.low <= control.high):
+        return "fails"
+    return "holds" if value.low > HOLDS else "holds in part" if value.low > PARTLY else "undecided"
