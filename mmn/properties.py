@@ -113,11 +113,14 @@ def say(vlm: VLM, image: Image.Image | None, text: str, prompt: str = PROMPT, pr
     Raises MmnError for a text that does not go on from `prefix`."""
     if not text.startswith(prefix) or not text[len(prefix) :].strip():
         raise MmnError(f"The text has to begin with {prefix!r} and to go on after it, not {text!r}.")
-    ids = vlm.tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"]
+    return retrace(vlm, image, vlm.tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"], prompt, prefix)
+
+
+def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: str = PROMPT, prefix: str = PREFIX) -> Trace:
+    """The Trace of an answer whose tokens are known, from one forward pass. The stream is not recorded."""
     context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -4:].tolist()
-    empty = Trace(
-        torch.tensor(ids), False, torch.zeros(len(ids)), [], None, image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon
-    )
+    ids = torch.tensor(tokens)
+    empty = Trace(ids, False, torch.zeros(len(ids)), [], None, image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon)
     return reread(vlm, empty, record=True).trace(0)
 
 

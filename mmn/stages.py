@@ -1,0 +1,386 @@
+"""The experiment of the replication report, in the pieces that machines can share out.
+
+    rankings    a shard of pictures -> captions, and for every noun its top neurons
+    properties  a shard and its captions -> the three properties, one row a picture, noun and measure
+    edits       all captions of a model -> one noun edited into another, for its most frequent nouns
+    summary     the tables of one model -> one row a measure, with its control and interval
+
+Each stage is a function of a model, pictures and tables, and returns tables; mmn.workflow runs them on one machine or many. What a
+picture cannot give, because it is broken or too large for the memory, becomes a row of the table `problems`; nothing else stops for it.
+All measures are this project's own [ours], as in mmn.properties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+import mmn
+from mmn import properties
+from mmn.edit import located
+from mmn.errors import MmnError
+from mmn.properties import Case
+from mmn.property_tables import spread
+from mmn.vlm import PROMPT, VLM
+
+if TYPE_CHECKING:
+    from mmn.sources import Picture
+
+Tables = dict[str, pd.DataFrame]
+Row = Callable[..., dict[str, Any]]
+
+KS = (5, 20, 100)  # neurons that are zeroed
+SIGMAS = (1.0, 4.0)  # of noise, in units of the writes' root mean square
+DRAWS = 3  # same-layer random sets beside each set of neurons
+FIT, JUDGE = 8, 16  # pictures that an edit is fitted on and judged on, at most
+
+COLUMNS = {
+    "captions": ("picture", "caption", "tokens", "said", "shown"),
+    "rankings": ("picture", "noun", "token", "step", "logp", "place", "layer", "unit", "activation", "contribution"),
+    "properties": ("picture", "noun", "property", "measure", "neurons", "k", "value"),
+    "edits": ("source", "target", "neurons", "picture", "measure", "value"),
+    "problems": ("picture", "stage", "problem"),
+}
+UNITS = {
+    "tokens": "ids, space between",
+    "said": "nouns of the caption, | between",
+    "shown": "nouns that are true of the picture, | between; empty if not known",
+    "logp": "nats, of the token when it was said",
+    "place": "1 is the highest contribution",
+    "contribution": "logits, direct score",
+    "k": "neurons",
+    "value": "in the measure's unit: overlaps, IoU and shares in 0 ... 1, drops in nats, rank from 1",
+}
+
+
+class Notes:
+    """The problems of a stage, a row each."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, picture: str, problem: object) -> None:
+        """Note what went wrong with a picture, or with the whole stage (picture "")."""
+        self.rows.append({"picture": picture, "stage": self.stage, "problem": " ".join(str(problem).split())})
+
+    def once(self, problem: object) -> None:
+        """Note what holds for every picture."""
+        if str(problem) not in {row["problem"] for row in self.rows}:
+            self.add("", problem)
+
+
+def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as the table `name` of `COLUMNS`, empty ones too."""
+    return pd.DataFrame(list(rows), columns=list(COLUMNS[name]))
+
+
+def opened(pictures: Sequence[Picture], notes: Notes) -> Iterator[tuple[Picture, Image.Image]]:
+    """The pictures that can be opened, one at a time."""
+    for picture in pictures:
+        try:
+            yield picture, picture.open()
+        except MmnError as error:
+            notes.add(picture.id, error)
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def sparing(work: Callable[[list[T]], list[R]], batch: list[T], failed: Callable[[T, object], None]) -> list[tuple[T, R]]:
+    """`work(batch)` item by item of its results, in smaller batches where memory or one item does not allow for the whole."""
+    try:
+        return list(zip(batch, work(batch), strict=True))
+    except (torch.OutOfMemoryError, MemoryError, MmnError) as error:
+        reason = error if isinstance(error, MmnError) else "out of memory"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        failed(batch[0], reason)
+        return []
+    half = len(batch) // 2
+    return sparing(work, batch[:half], failed) + sparing(work, batch[half:], failed)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rankings
+
+
+def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: str = PROMPT, batch_size: int = 16) -> Tables:
+    """Caption a shard in batches and rank the neurons of every noun: tables captions, rankings, problems."""
+    notes, captions, rows = Notes("rankings"), [], []
+    source = opened(pictures, notes)
+    while batch := [item for _, item in zip(range(batch_size), source, strict=False)]:
+
+        def work(some: list[tuple[Picture, Image.Image]]) -> list[mmn.Trace]:
+            return vlm.caption([image for _, image in some], prompt, batch_size=len(some))
+
+        for (picture, _), trace in sparing(work, batch, lambda item, why: notes.add(item[0].id, why)):
+            found = mmn.rank(vlm, trace, k=top_k)
+            captions.append(
+                {
+                    "picture": picture.id,
+                    "caption": trace.text,
+                    "tokens": " ".join(map(str, trace.tokens.tolist())),
+                    "said": "|".join(found),
+                    "shown": "|".join(picture.objects or ()),
+                }
+            )
+            for lemma, ranking in found.items():
+                noun = ranking.noun
+                logp = round(float(trace.logprobs[noun.step]), 4)
+                each = zip(ranking.neurons, ranking.activations, ranking.scores, strict=True)
+                for place, (neuron, activation, contribution) in enumerate(each, 1):
+                    values = (picture.id, lemma, noun.token, noun.step, logp, place, *neuron)
+                    rows.append(
+                        dict(zip(COLUMNS["rankings"], (*values, round(activation, 5), round(contribution, 5)), strict=True))
+                    )
+    return {"captions": table("captions", captions), "rankings": table("rankings", rows), "problems": table("problems", notes.rows)}
+
+
+# -------------------------------------------------------------------------------------------------------------- properties
+
+
+def properties_of(
+    vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, top_k: int = 10, prompt: str = PROMPT, seed: int = 0
+) -> Tables:
+    """Sensitivity and causal effect for the nouns of a shard's captions, which are read again and not generated: tables properties,
+    problems. Specificity is a matter of all pictures: see `summary`."""
+    notes, rows = Notes("properties"), []
+    known = captions.set_index("picture")
+    wanted = [picture for picture in pictures if picture.id in known.index and str(known.at[picture.id, "said"] or "")]
+    for number, (picture, image) in enumerate(opened(wanted, notes)):
+        tokens = [int(each) for each in str(known.at[picture.id, "tokens"]).split()]
+
+        def work(_: list[int], image: Image.Image = image, tokens: list[int] = tokens, picture: Picture = picture) -> list[Any]:
+            return [list(_measures(vlm, picture, image, tokens, prompt, top_k, seed, notes))]
+
+        for _, found in sparing(work, [number], lambda _, why, picture=picture: notes.add(picture.id, why)):  # type: ignore[misc]
+            rows += [{"picture": picture.id, **row} for row in found]
+    return {"properties": table("properties", rows), "problems": table("problems", notes.rows)}
+
+
+def _measures(
+    vlm: VLM, picture: Picture, image: Image.Image, tokens: list[int], prompt: str, top_k: int, seed: int, notes: Notes
+) -> Iterator[dict[str, Any]]:
+    trace = properties.retrace(vlm, image, tokens, prompt)
+    sizes = tuple(vlm.anatomy.neurons)
+    cases = [Case(0, trace, noun, torch.cat(mmn.contributions(vlm, trace, noun)), sizes) for noun in trace.nouns]
+    unit = spread(vlm)
+    for case in cases:
+        top = case.top(top_k)
+        random = mmn.same_layer_random(vlm, top, draws=DRAWS, seed=seed)
+
+        def row(kind: str, measure: str, neurons: str, k: int, value: float, noun: str = case.lemma) -> dict[str, Any]:
+            values = (noun, kind, measure, neurons, k, round(float(value), 4))
+            return dict(zip(COLUMNS["properties"][1:], values, strict=True))
+
+        for name, each in (("found", [top]), ("random", random)):
+            ranks = np.array([properties.word_ranks(vlm, some, case.noun.token) for some in each])
+            yield row("sensitivity", "best rank of the word", name, top_k, ranks.min(1).mean())
+            yield row("sensitivity", "share with the word in their ten", name, top_k, (ranks <= 10).mean())
+        try:
+            yield from _of_the_picture(vlm, picture, case, cases, top, random, row, seed)
+        except MmnError as error:  # such as a model that sees through cross-attention
+            notes.once(error)
+        yield from _causal(vlm, case, row, unit, seed)
+
+
+def _of_the_picture(
+    vlm: VLM,
+    picture: Picture,
+    case: Case,
+    cases: list[Case],
+    top: list[mmn.Neuron],
+    random: list[list[mmn.Neuron]],
+    row: Row,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """What needs to know where in the stream the picture is."""
+    mask, k = picture.mask(case.lemma), len(top)
+    if mask is not None and mask.any():
+        heat = mmn.heatmap(vlm, case.trace, [*top, *(neuron for draw in random for neuron in draw)])
+        maps = replace(heat, grid=heat.grid.unflatten(0, (DRAWS + 1, k)).mean(1)).on_image(per_neuron=True)
+        ious = [properties.located(each, mask).iou for each in maps]
+        yield row("sensitivity", "IoU of the heatmap", "found", k, ious[0])
+        yield row("sensitivity", "IoU of the heatmap", "random", k, float(np.mean(ious[1:])))
+    shuffle = properties.shuffled(vlm, case, seed)
+    other = next((other for other in cases if other.lemma != case.lemma), None)
+    for some in sorted({k, min(100, vlm.anatomy.total)}):
+        for name, one in (("found", shuffle), ("another noun", other)):
+            if one is not None:
+                shared = properties.overlap(case.order(some), one.order(some), (some,))[0]
+                yield row("sensitivity", "overlap after a shuffle of the image tokens", name, some, shared)
+
+
+def _causal(vlm: VLM, case: Case, row: Row, unit: float, seed: int) -> Iterator[dict[str, Any]]:
+    base = properties.reread(vlm, case.trace)
+    for k in (each for each in KS if each <= vlm.anatomy.total):
+        top = case.top(k)
+        lists = {"found": [top], "random": mmn.same_layer_random(vlm, top, draws=DRAWS, seed=seed + k)}
+        means = properties.effects(vlm, case, lists, base=base, rows_at_once=4).groupby("neurons")[["drop", "flip", "rest"]].mean()
+        for name, values in means.iterrows():
+            for measure, column in (
+                ("drop of log p, zeroed", "drop"),
+                ("nouns flipped, zeroed", "flip"),
+                ("other words kept", "rest"),
+            ):
+                if not np.isnan(values[column]):
+                    yield row("causal effect", measure, str(name), k, values[column])
+    top = case.top(20)
+    for sigma in SIGMAS:
+        for name, neurons in (("found", top), ("random", mmn.same_layer_random(vlm, top, draws=1, seed=seed)[0])):
+            with mmn.perturb(vlm, neurons, sigma * unit, seed=seed):
+                drop = base.logp[0, case.noun.step] - properties.reread(vlm, case.trace).logp[0, case.noun.step]
+            yield row("causal effect", f"drop of log p, noise of sigma {sigma:g}", name, 20, float(drop))
+
+
+# ------------------------------------------------------------------------------------------------------------------- edits
+
+
+def edits(
+    vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, count: int = 3, top_k: int = 20, prompt: str = PROMPT,
+    seed: int = 0, batch_size: int = 16,
+) -> Tables:  # fmt: skip
+    """Edit each of the most frequent nouns into the next one, fitted on some of the pictures that say it and judged on others, on the
+    rows of the neurons found and on same-layer random rows: tables edits, problems.
+
+    Measures, 0 or 1 a picture: `says the target` (and the source no longer), `other captions kept` (of pictures that name neither)."""
+    notes, rows = Notes("edits"), []
+    by_id = {picture.id: picture for picture in pictures}
+    said = {row.picture: str(row.said or "").split("|") for row in captions.itertuples()}
+    frequent = pd.Series([noun for nouns in said.values() for noun in set(nouns) if noun]).value_counts(sort=False)
+    order = sorted(frequent.index, key=lambda noun: (-frequent[noun], noun))[: count + 1]
+    for source, target in zip(order, order[1:], strict=False):
+        with_source = [by_id[each] for each, nouns in said.items() if source in nouns and target not in nouns]
+        neither = [by_id[each] for each, nouns in said.items() if source not in nouns and target not in nouns]
+        if len(with_source) < 4:
+            notes.once(f"Fewer than 4 captions say {source!r} and not {target!r}: it was not edited.")
+            continue
+        half = min(FIT, len(with_source) // 2)
+        try:
+            for name, picture, measure, value in _edit(
+                vlm,
+                source,
+                target,
+                with_source[: half + JUDGE],
+                half,
+                neither[: FIT + JUDGE],
+                top_k,
+                prompt,
+                seed,
+                batch_size,
+                notes,
+            ):
+                rows.append(dict(zip(COLUMNS["edits"], (source, target, name, picture, measure, value), strict=True)))
+        except MmnError as error:
+            notes.once(f"{source} into {target}: {error}")
+        except torch.OutOfMemoryError:
+            notes.once(f"{source} into {target}: out of memory")
+    return {"edits": table("edits", rows), "problems": table("problems", notes.rows)}
+
+
+def _edit(
+    vlm: VLM, source: str, target: str, with_source: Sequence[Picture], half: int, neither: Sequence[Picture], top_k: int, prompt: str,
+    seed: int, batch_size: int, notes: Notes,
+) -> Iterator[tuple[str, str, str, int]]:  # fmt: skip
+    both = list(opened(with_source, notes))
+    fit, judge = both[:half], both[half:]
+    others = list(opened(neither, notes))
+    keep, stay = others[:FIT], others[FIT:]
+    traces = vlm.caption([image for _, image in fit], prompt, batch_size=batch_size)
+    found = located(vlm, traces, source, top_k)
+    random = mmn.same_layer_random(vlm, found, draws=1, seed=seed)[0]
+    asked = [image for _, image in [*judge, *stay]]
+    before = vlm.caption(asked, prompt, batch_size=batch_size, record=False)
+    for name, neurons in (("found", found), ("random", random)):
+        edit = mmn.Edit.fit(
+            vlm, [image for _, image in fit], source, target, neurons, keep=[image for _, image in keep], prompt=prompt,
+            batch_size=batch_size, progress=False,
+        )  # fmt: skip
+        with edit.applied(vlm):
+            after = vlm.caption(asked, prompt, batch_size=batch_size, record=False)
+        for number, (picture, _) in enumerate([*judge, *stay]):
+            if number < len(judge):
+                nouns = [noun.lemma for noun in after[number].nouns]
+                yield name, picture.id, "says the target", int(target in nouns and source not in nouns)
+            else:
+                yield name, picture.id, "other captions kept", int(after[number].text == before[number].text)
+
+
+# ----------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(tables: Tables, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """One row a property, measure and number of neurons of one model: value, low, high (95 %, pictures resampled) and the same of the
+    control, `pictures` how many there were.
+
+    Specificity is counted here, from the rankings: the share of top neurons that two pictures of one noun have in common, beside that of
+    two pictures of different nouns; and, where it is known what is true of a picture, CHAIR_i: the share of nouns said that are not."""
+    rows = []
+    frame = pd.concat(
+        [tables["properties"], specificity(tables["rankings"], seed), _edited(tables["edits"]), _chair(tables["captions"])]
+    )
+    for (kind, measure, k), part in frame.groupby(["property", "measure", "k"], sort=False):
+        row: dict[str, Any] = {"property": kind, "measure": measure, "k": k}
+        own = part["neurons"].eq("found")
+        for prefix, some in (("", part[own]), ("control_", part[~own])):
+            if len(some):
+                value = properties.clustered(some, "value", draws=draws)
+                row |= {prefix + name: round(number, 4) for name, number in value._asdict().items()}
+        control = part.loc[~own, "neurons"]
+        rows.append(row | {"control": control.iloc[0] if len(control) else "", "pictures": part["picture"].nunique()})
+    columns = [
+        "property",
+        "measure",
+        "k",
+        "value",
+        "low",
+        "high",
+        "control",
+        "control_value",
+        "control_low",
+        "control_high",
+        "pictures",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def specificity(ranked: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Rows of `properties`: for each picture and noun the overlap of its top neurons with those of another picture of the noun (`found`)
+    and of a picture of another noun (`another noun`), both drawn by chance."""
+    rng = np.random.default_rng(seed)
+    sets = {
+        key: set(zip(part["layer"], part["unit"], strict=True)) for key, part in ranked.groupby(["picture", "noun"], sort=False)
+    }
+    keys = list(sets)
+    rows = []
+    for picture, noun in keys:
+        alike = [key for key in keys if key[1] == noun and key[0] != picture]
+        unlike = [key for key in keys if key[1] != noun and key[0] != picture]
+        for name, some in (("found", alike), ("another noun", unlike)):
+            if some:
+                mine, other = sets[picture, noun], sets[some[rng.integers(len(some))]]
+                shared = len(mine & other) / len(mine)
+                values = (picture, noun, "specificity", "overlap between pictures of one noun", name, len(mine), shared)
+                rows.append(dict(zip(COLUMNS["properties"], values, strict=True)))
+    return table("properties", rows)
+
+
+def _edited(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.rename(columns={"source": "noun"}).assign(property="editing", k=0)[list(COLUMNS["properties"])]
+
+
+def _chair(captions: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for row in captions.fillna("").itertuples():
+        for noun in str(row.said).split("|") if row.said and row.shown else ():
+            wrong = noun not in str(row.shown).split("|")
+            values = (row.picture, noun, "hallucination", "CHAIR_i, nouns said that are not there", "found", 0, float(wrong))
+            rows.append(dict(zip(COLUMNS["properties"], values, strict=True)))
+    return table("properties", rows)

@@ -1,0 +1,141 @@
+"""The pieces of the replication report: each figure against arithmetic on the weights, a hand-made table, or the truth of the scenes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mmn
+from mmn import scenes, stages
+from mmn.errors import MmnError
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture as mmn.sources gives them; None for a broken one."""
+
+    id: str
+    scene: scenes.Scene | None
+
+    def open(self):
+        if self.scene is None:
+            raise MmnError(f"{self.id} is damaged: get the picture again.")
+        return self.scene.image
+
+    @property
+    def objects(self):
+        return self.scene.names if self.scene else ()
+
+    def mask(self, noun):
+        return self.scene.mask(noun) if self.scene and noun in self.scene.names else None
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return mmn.load("tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    kinds = (["dog"], ["cat"], ["dog", "car"])
+    return [Shown(f"p{n}", scenes.draw(n, style="noto", concepts=kinds[n % 3])) for n in range(12)] + [Shown("broken", None)]
+
+
+@pytest.fixture(scope="module")
+def ranked(vlm, pictures):
+    return stages.rankings(vlm, pictures, top_k=5, batch_size=4)
+
+
+def test_rankings_hold_what_the_weights_say(vlm, pictures, ranked):
+    captions, rows = ranked["captions"], ranked["rankings"]
+    assert list(captions["picture"]) == [p.id for p in pictures[:-1]]
+    assert ranked["problems"].to_dict("records") == [
+        {"picture": "broken", "stage": "rankings", "problem": "broken is damaged: get the picture again."}
+    ]
+    row = rows.iloc[7]
+    write = vlm.model.model.language_model.layers[row["layer"]].mlp.down_proj.weight[:, row["unit"]]
+    assert row["contribution"] == pytest.approx(float(row["activation"] * write @ vlm.model.lm_head.weight[row["token"]]), abs=1e-3)
+    alone = stages.rankings(vlm, pictures[:-1], top_k=5, batch_size=1)
+    pd.testing.assert_frame_equal(alone["captions"], captions)
+    pd.testing.assert_frame_equal(alone["rankings"], rows, atol=2e-4)
+
+
+def test_properties_are_those_of_the_models_own_captions(vlm, pictures, ranked):
+    found = stages.properties_of(vlm, pictures[:2], ranked["captions"], top_k=5)["properties"]
+    assert set(found["picture"]) == {"p0", "p1"}
+    measure = found[(found["picture"] == "p0") & (found["measure"] == "drop of log p, zeroed") & (found["neurons"] == "found")]
+    trace = vlm.caption(pictures[0].open())
+    noun = trace.noun("dog")
+    top = mmn.rank(vlm, trace, "dog", k=20).neurons
+
+    def log_p() -> float:
+        with torch.no_grad():
+            logits = vlm.model(**vlm.replay(trace, noun.step)).logits[0, -1].float()
+        return float(logits.log_softmax(-1)[noun.token])
+
+    before = log_p()
+    with mmn.zero(vlm, top):
+        after = log_p()
+    assert measure.set_index("k").at[20, "value"] == pytest.approx(before - after, abs=1e-3)
+    ious = found[found["measure"] == "IoU of the heatmap"].groupby("neurons")["value"].mean()
+    assert ious["found"] > ious["random"]
+
+
+def test_one_noun_is_edited_into_another_and_the_weights_stay(vlm, pictures, ranked):
+    before = vlm.model.lm_head.weight.clone(), vlm.model.model.language_model.layers[7].mlp.down_proj.weight.clone()
+    some = [p for p in pictures if p.id in set(ranked["captions"]["picture"])]
+    rows = stages.edits(vlm, some, ranked["captions"], count=1)["edits"]
+    assert set(rows["source"]) == {"dog"} and not set(rows["picture"][rows["measure"] == "says the target"]) & {"p0", "p2", "p3"}
+    means = rows.groupby(["neurons", "measure"])["value"].mean()
+    assert means["found", "says the target"] > means["random", "says the target"]
+    assert torch.equal(before[0], vlm.model.lm_head.weight)
+    assert torch.equal(before[1], vlm.model.model.language_model.layers[7].mlp.down_proj.weight)
+
+
+def test_where_memory_is_short_batches_get_smaller_and_one_picture_fails_alone():
+    sizes, failed = [], []
+
+    def work(items):
+        sizes.append(len(items))
+        if 5 in items or len(items) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return [10 * item for item in items]
+
+    found = stages.sparing(work, list(range(8)), lambda item, why: failed.append((item, why)))
+    assert found == [(n, 10 * n) for n in range(8) if n != 5]
+    assert failed == [(5, "out of memory")] and sizes[0] == 8
+
+
+def test_a_summary_of_tables_whose_figures_are_known():
+    columns = stages.COLUMNS["properties"]
+    rows = [(f"p{n}", "dog", "sensitivity", "share", "found", 5, 0.5 + 0.1 * (n % 2)) for n in range(10)]
+    rows += [(f"p{n}", "dog", "sensitivity", "share", "random", 5, 0.1) for n in range(10)]
+    ranked = pd.DataFrame(
+        [("a", "dog", 0, unit) for unit in range(4)]
+        + [("b", "dog", 0, unit) for unit in (0, 1, 2, 9)]
+        + [("c", "cat", 0, unit) for unit in (3, 20, 21, 22)],
+        columns=["picture", "noun", "layer", "unit"],
+    )
+    captions = pd.DataFrame({"picture": ["a", "b"], "said": ["dog|cat", "dog"], "shown": ["dog", "dog"]})
+    tables = {
+        "properties": pd.DataFrame(rows, columns=columns),
+        "rankings": ranked,
+        "captions": captions,
+        "edits": stages.table("edits", []),
+    }
+    table = stages.summary(tables).set_index("measure")
+    share = table.loc["share"]
+    assert share["value"] == pytest.approx(0.55) and share["control_value"] == pytest.approx(0.1) and share["pictures"] == 10
+    assert 0.5 < share["low"] < 0.55 < share["high"] < 0.6 and share["control_low"] == share["control_high"] == 0.1
+    own = table.loc["overlap between pictures of one noun"]
+    assert own["value"] == 0.75 and 0.08 <= own["control_value"] <= 0.17 and own["k"] == 4
+    assert table.loc["CHAIR_i, nouns said that are not there", "value"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_specificity_pairs_every_picture_with_others_only():
+    rng = np.random.default_rng(0)
+    rows = [(f"p{n}", "dog", 0, unit) for n in range(6) for unit in rng.choice(1000, 10, replace=False)]
+    table = stages.specificity(pd.DataFrame(rows, columns=["picture", "noun", "layer", "unit"]))
+    assert set(table["neurons"]) == {"found"} and len(table) == 6 and table["value"].max() < 1
