@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "edit": ("mmn.edit_command", "fit an edit, show it, caption with it, or merge it into a checkpoint"),
     "bench": ("mmn.bench", "time what recording and ranking cost"),
     "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),
+    "course": ("mmn.course", "editions of the chapters for students and instructors, slides, and points for what is handed in"),
     "families": ("mmn.families", "list the model families that were tried, and what was found"),
 }
 RECORD = "explain.json"  # marks a folder as one that `mmn explain` made and may replace

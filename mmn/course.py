@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 ROOT = Path(__file__).parent.parent
-ASSIGNMENT = ROOT / "book" / "assignment.ipynb"
+ASSIGNMENT = ROOT / "notebooks" / "assignment.ipynb"
 EDITIONS = ("student", "instructor")
 SECONDS = 600  # that one cell may take
 RIGHT = re.compile(r"right($|[:,])")  # how a check's line begins if the answer is right
@@ -176,7 +176,7 @@ def slides(notebook: NotebookNode, reveal: str = "") -> str:
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source)
         elif len(cell.source.splitlines()) > SHORT:
-            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+            cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "hide-input"})
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
     exporter = SlidesExporter(config=config, reveal_scroll=True, exclude_input_prompt=True, exclude_output_prompt=True)
     if reveal:
@@ -207,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands of `mmn course`, and their options."""
     commands = parser.add_subparsers(dest="what", metavar="make|slides|grade", required=True)
     make = commands.add_parser("make", help="write the editions for students and for instructors")
-    make.add_argument("--run", action="store_true", help="run both: all checks pass for instructors, none for students (minutes)")
+    make.add_argument("--check", action="store_true", help="run both: all checks pass for instructors, none for students (minutes)")
     show = commands.add_parser("slides", help="write each chapter as slides (reveal.js)")
     show.add_argument("--reveal", default="", help="address of a folder of reveal.js (default: on the network)")
     for command in (make, show):
@@ -250,7 +250,7 @@ def _make(args: argparse.Namespace) -> int:
             source = read(path)
             made = of(source)
             nbformat.write(made, folder / path.name)
-            if args.run:
+            if args.check:
                 print(f"{edition} {path.stem}", flush=True)
                 table = results(source, executed(made, folder))
                 print(table[["exercise", "says"]].to_string(index=False, header=False), flush=True)

@@ -1,0 +1,163 @@
+"""The course: editions of the notebooks for students and instructors, slides, and points for what is handed in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from mmn import course
+from mmn.cli import main
+from mmn.errors import MmnError
+
+NOTEBOOKS = course.sources()
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+CHAPTERS = [path for path in NOTEBOOKS if path != course.ASSIGNMENT]
+
+
+@each_notebook
+def test_every_exercise_has_its_stub_check_and_solution(path: Path) -> None:
+    notebook = course.read(path)
+    found = course.exercises(notebook)
+    assert len(found) >= 3
+    assert [int(each.title.split(".")[0]) for each in found] == list(range(1, len(found) + 1))
+    for cell in notebook.cells:
+        untagged = cell.cell_type == "code" and not cell.metadata.get("tags")
+        assert not (untagged and ("def check_" in cell.source or cell.source.startswith("# Solution"))), "see CONTRIBUTING.md"
+        if course.tagged(cell, "solution") and cell.cell_type == "code" and path != course.ASSIGNMENT:
+            assert course.tagged(cell, "nbval-check-output") and course.tagged(cell, "hide-cell")
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_stored_outputs_the_solutions_pass_and_the_empty_stubs_do_not(path: Path) -> None:
+    """nbval runs these cells and compares: what is stored is what comes out."""
+    notebook = course.read(path)
+    for each in course.exercises(notebook):
+        empty, solved = (course.said(notebook.cells[index]) for index in (each.check, each.solution))
+        assert course.RIGHT.match(solved), f"{each.title}: {solved}"
+        assert not course.RIGHT.match(empty), f"{each.title} passes without an answer"
+        assert not empty.startswith("stopped by"), f"{each.title}: the check of an empty answer fails in place of explaining"
+        assert '"not yet"' not in notebook.cells[each.check].source, f"{each.title}: the check doesn't say what is wrong"
+
+
+def test_the_student_s_edition_lacks_nothing_but_the_solutions(tmp_path: Path) -> None:
+    """No name is used that only a solution defined: ruff's F821, run on notebooks without solutions."""
+    for path in NOTEBOOKS:
+        source = course.read(path)
+        made = course.student(source)
+        kept = [cell.source for cell in source.cells if not course.tagged(cell, "solution")]
+        assert [cell.source for cell in made.cells] == kept
+        assert not any(cell.get("outputs") for cell in made.cells)
+        nbformat.write(made, tmp_path / path.name)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(tmp_path)]
+    done = subprocess.run(ruff, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@each_notebook
+def test_the_instructor_s_edition_has_each_solution_in_the_stub_s_place(path: Path) -> None:
+    source = course.read(path)
+    made = {cell.id: cell for cell in course.instructor(source).cells}
+    for each in course.exercises(source):
+        stub, solution = source.cells[each.stub], source.cells[each.solution]
+        assert made[stub.id].source in solution.source and made[stub.id].source != stub.source
+        assert solution.id not in made and source.cells[each.check].id in made
+
+
+@pytest.fixture(scope="module")
+def editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("course") / "made"
+    assert main(["course", "make", "--out", str(out), "--only", "assignment"]) == 0
+    return out
+
+
+def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The instructor's edition earns every point, the student's none; a half-solved one half, whatever else is in it."""
+    solved, empty = (course.read(editions / name / "assignment.ipynb") for name in ("instructor", "student"))
+    source = course.read(course.ASSIGNMENT)
+    found = course.exercises(source)
+    half = copy.deepcopy(empty)
+    stubs = [source.cells[each.stub].id for each in found]
+    answers = {cell.id: cell.source for cell in solved.cells}
+    for cell in half.cells:
+        if cell.id == stubs[0]:
+            cell.source = answers[cell.id]
+        if cell.id == stubs[1]:
+            cell.source = "def my_control(found, sizes, generator):\n    raise TypeError('not mine')"
+        if course.tagged(cell, "check"):  # a check made to say what one likes to hear is put back
+            cell.source = "print('right')"
+    for name, notebook in {"solved": solved, "empty": empty, "half": half}.items():
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    files = [str(tmp_path / f"{name}.ipynb") for name in ("solved", "empty", "half")]
+    assert main(["course", "grade", *files, "--json", str(tmp_path / "points.json")]) == 0
+    record: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "points.json").read_text(encoding="utf-8"))
+    points = {name: [row["points"] for row in rows] for name, rows in record.items()}
+    assert points["solved.ipynb"] == [each.points for each in found]
+    assert points["empty.ipynb"] == [0] * len(found)
+    assert points["half.ipynb"] == [found[0].points] + [0] * (len(found) - 1)
+    assert "not mine" in record["half.ipynb"][1]["says"]
+    assert "of 10 points" in capsys.readouterr().out
+
+
+def test_what_cannot_be_graded_is_named(tmp_path: Path) -> None:
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path / "other.ipynb")
+    with pytest.raises(MmnError, match="none of the exercise cells"):
+        course.answered(course.read(course.ASSIGNMENT), course.read(tmp_path / "other.ipynb"))
+    (tmp_path / "text.ipynb").write_text("no notebook", encoding="utf-8")
+    with pytest.raises(MmnError, match="is no notebook"):
+        course.read(tmp_path / "text.ipynb")
+
+
+def test_bad_input_is_a_sentence(editions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["course", "make", "--out", str(editions)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["course", "slides", "--out", str(editions / "x"), "--only", "99_nothing"]) == 2
+    assert "There is no notebook '99_nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "lack"), [("exercise", "no check"), ("exercise check", "no solution"), ("exercise check solution!", "must both end")]
+)
+def test_an_unfinished_exercise_is_named(source: str, lack: str) -> None:
+    cells = [nbformat.v4.new_markdown_cell("**1. A** (★, 5 minutes).")]
+    for tag in source.split():
+        text = "print(1)" if tag.endswith("!") else "x = 0\nprint(check_x(x))"
+        cells.append(nbformat.v4.new_code_cell(text, metadata={"tags": [tag.rstrip("!")]}))
+    with pytest.raises(MmnError, match=lack):
+        course.student(nbformat.v4.new_notebook(cells=cells))
+
+
+def test_slides_are_made_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    out = tmp_path / "slides"
+    assert main(["course", "slides", "--out", str(out), "--only", "00_tour", "--reveal", "reveal.js"]) == 0
+    page = (out / "00_tour.slides.html").read_text(encoding="utf-8")
+    assert page.count("<section") > 20 and page.count("<img") >= 5 and 'href="reveal.js/dist/reveal.css"' in page
+    source = course.read(course.ROOT / "notebooks" / "00_tour.ipynb")
+    headings = [line.lstrip("# ") for cell in source.cells for line in cell.source.splitlines()
+                if cell.cell_type == "markdown" and line.startswith("## ")]  # fmt: skip
+    for heading in headings:
+        assert (heading in page) == (heading != "Exercises"), heading
+    assert "{cite}" not in page and "your code here" not in page
+    assert (out / "figures" / "idea.svg").exists()
+
+
+def test_roles_of_the_book_become_plain_words() -> None:
+    text = "The {term}`write <write>` of {doc}`/notebooks/00_tour` {cite}`pan2024finding`.\n\n## Exercises\n\n**1. A** (★)."
+    assert course.plain(text) == "The write of /notebooks/00_tour."
+
+
+def test_outside_of_a_checkout_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(course, "ROOT", tmp_path)
+    with pytest.raises(MmnError, match="clone the project"):
+        course.sources()
