@@ -22,7 +22,7 @@ from mmn.vlm import VLM
 
 SCENES = 200
 FIRST = 6 * 10**6  # the number of the first scene: no other measure uses these
-KS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+KS = (1, 2, 5, 10, 20, 50, 100, 200)  # of 512 in a layer: half of them at most, so that as many others can be drawn
 FEW = (5, 20, 100)
 FACTORS = (-1.0, 0.5, 1.5, 2.0, 4.0)
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in units of the writes' own spread
