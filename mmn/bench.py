@@ -1,5 +1,7 @@
 """`mmn bench`: what recording costs on top of generating, and ranking on top of that, from paired runs.
 
+Beside these, the ways to score neurons on random models of growing size (`mmn.costs`).
+
 Each repetition takes one picture through three timed parts, the first two in alternating order: plain `model.generate`; the same
 with every neuron recorded, up to the finished Trace; and ranking all nouns of the caption, which includes finding them. Beside
 these, one token is scored directly and by its gradient. Pictures are prepared before the clock starts. The figures are medians of
@@ -14,13 +16,14 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmn import scenes
+from mmn import costs, scenes
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
 from mmn.nouns import Noun
@@ -87,20 +90,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn bench`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=10, help="synthetic scenes to caption (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="times each is captioned (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="times each thing is done (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="*", default=list(costs.SWEEPS), metavar="NAME",
+                        help=f"random models to compare ways on; no name: none (default: {' '.join(costs.SWEEPS)})")  # fmt: skip
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the table as bench.csv and bench.json there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
     """`mmn bench`."""
     figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
+    device = "cuda" if str(args.device_map).startswith(("cuda", "auto")) and torch.cuda.is_available() else "cpu"
+    table = costs.costs(args.shapes, device, args.dtype, args.repeats)
+    machine = {"processor": costs.processor(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    figures |= {"machine": machine, "dtype": args.dtype, "repeats": args.repeats}
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({"command": "mmn bench", **figures}, indent=1)
+        (args.out / "bench.json").write_text(record + "\n", encoding="utf-8")
+        table.to_csv(args.out / "bench.csv", index=False, float_format="%.5g")
     if args.json:
-        print(json.dumps(figures, indent=1))
-    else:
-        print(f"recording: {figures['record_overhead']:+.1%} on {figures['generate_seconds'] * 1000:.0f} ms of generating")
-        print(f"ranking {figures['nouns']:g} nouns: {figures['rank_overhead']:+.1%} of captioning with recording")
-        if figures["gradient_ratio"]:
-            print(f"one token by its gradient: {figures['gradient_ratio']:.0f} times as long as by its direct score")
+        print(json.dumps(figures | {"shapes": json.loads(table.to_json(orient="records"))}, indent=1))
+        return 0
+    print(f"recording: {figures['record_overhead']:+.1%} on {figures['generate_seconds'] * 1000:.0f} ms of generating")
+    print(f"ranking {figures['nouns']:g} nouns: {figures['rank_overhead']:+.1%} of captioning with recording")
+    if figures["gradient_ratio"]:
+        print(f"one token by its gradient: {figures['gradient_ratio']:.0f} times as long as by its direct score")
+    if len(table):
+        print(costs.shown(table).to_string(index=False))
+        print(costs.summary(table))
     return 0

@@ -28,7 +28,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     processor.save_pretrained(tmp_path)
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1", "--json"])) == 0
+    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1", "--shapes", "--json"])) == 0
     assert {"record_overhead", "rank_overhead"} <= set(json.loads(capsys.readouterr().out))
-    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1"])) == 0
+    assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1", "--shapes"])) == 0
     assert "recording: " in capsys.readouterr().out
