@@ -206,6 +206,22 @@ def curves(
     return ax
 
 
+def against(table: pd.DataFrame, ax: Axes | None = None, xlabel: str = "") -> Axes:
+    """Points with intervals, one line a row of `table` (its index is the name): value, low, high, and beside them control_value,
+    control_low, control_high where there is a control."""
+    ax = _axes(ax, 6.5, 0.8 + 0.42 * len(table))
+    rows = np.arange(len(table))
+    for shift, prefix, (colour, mark), name in ((-0.13, "", MARKS[0], "found"), (0.13, "control_", MARKS[1], "control")):
+        values = table[[f"{prefix}value", f"{prefix}low", f"{prefix}high"]].to_numpy(float)
+        ax.hlines(rows + shift, values[:, 1], values[:, 2], color=colour, lw=1.6)
+        ax.plot(values[:, 0], rows + shift, mark, color=colour, ms=5, label=name)
+    ax.set(yticks=rows, yticklabels=[label(str(name)) for name in table.index], xlabel=xlabel)
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.99))
+    return ax
+
+
 def matrix(
     values: ArrayLike, rows: Sequence[str], columns: Sequence[str], ax: Axes | None = None, xlabel: str = "", ylabel: str = "",
     title: str = "", unit: str = "",

@@ -255,13 +255,16 @@ def edits(
     by_id = {picture.id: picture for picture in pictures}
     said = {row.picture: str(row.said or "").split("|") for row in captions.itertuples()}
     frequent = pd.Series([noun for nouns in said.values() for noun in set(nouns) if noun]).value_counts(sort=False)
-    order = sorted(frequent.index, key=lambda noun: (-frequent[noun], noun))[: count + 1]
+    order = sorted(frequent.index, key=lambda noun: (-frequent[noun], noun))
+    pairs = []
     for source, target in zip(order, order[1:], strict=False):
         with_source = [by_id[each] for each, nouns in said.items() if source in nouns and target not in nouns]
+        if len(with_source) >= 4:
+            pairs.append((source, target, with_source))
+    if count and not pairs:
+        notes.once("No noun is said by four captions that do not also say the next one: none was edited.")
+    for source, target, with_source in pairs[:count]:
         neither = [by_id[each] for each, nouns in said.items() if source not in nouns and target not in nouns]
-        if len(with_source) < 4:
-            notes.once(f"Fewer than 4 captions say {source!r} and not {target!r}: it was not edited.")
-            continue
         half = min(FIT, len(with_source) // 2)
         try:
             for name, picture, measure, value in _edit(

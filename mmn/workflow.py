@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--shards", type=int, default=8, help="pieces the pictures are cut into (default: %(default)s)")
     run.add_argument("--top-k", type=int, default=10, help="neurons a noun (default: %(default)s)")
     run.add_argument("--prompt", default=PROMPT, help="default: the paper's")
-    run.add_argument("--edits", type=int, default=3, help="nouns to edit (default: %(default)s)")
+    run.add_argument("--edits", type=int, default=3, help="nouns to edit, 0 for none (default: %(default)s)")
     run.add_argument("--batch", type=int, default=16, help="pictures captioned at once (default: %(default)s)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
@@ -245,12 +245,12 @@ def _parts(out: Path, settings: dict[str, Any], model: str) -> list[tuple[str, p
     shards = [f"-{shard}" for shard in range(settings["shards"])]
     wanted = [("rankings", name, s) for name in ("captions", "rankings", "rankings-problems") for s in shards]
     wanted += [("properties", name, s) for name in ("properties", "properties-problems") for s in shards]
-    wanted += [("edits", name, "") for name in ("edits", "edits-problems")]
+    wanted += [("edits", name, "") for name in ("edits", "edits-problems") if settings["edits"]]
     found: list[tuple[str, pd.DataFrame, dict[str, str] | None]] = []
     for stage, name, suffix in wanted:
         path = out / "parts" / model / f"{name}{suffix}.csv"
         table = "problems" if name.endswith("problems") else name
-        if path.exists():
+        if path.is_file():
             found.append(
                 (table, pd.read_csv(path, keep_default_na=table not in ("captions", "problems"), dtype={"picture": str}), None)
             )

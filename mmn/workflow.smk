@@ -42,7 +42,7 @@ rule edits:
 rule tables:
     input:
         expand("parts/{model}/properties-{shard}.csv", model=MODELS, shard=SHARDS),
-        expand("parts/{model}/edits.csv", model=MODELS),
+        expand("parts/{model}/edits.csv", model=MODELS if config["edits"] else []),
     output: "tables/summary.csv"
     log: "logs/tables.log"
     localrule: True
