@@ -80,8 +80,8 @@ def _moved(vlm: VLM, moment: Moment, layer: int, axes: Tensor, small: float) -> 
     handles = (
         each
         for each in (
-            projection.register_forward_hook(lambda _, __, out: out + more.to(out.device, out.dtype)),
-            norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].float().cpu())),
+            projection.register_forward_hook(lambda _, __, out: out + more.reshape(out.shape).to(out.device, out.dtype)),
+            norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, vlm.hidden).float().cpu())),
         )
     )
     with hooked(handles):

@@ -3,7 +3,8 @@
 A neuron's *effect* at a moment (the position that produces a noun's token t) is `log p(t)` of the model as it is, less `log p(t)` with
 the neuron's activation set to zero at that position: nats, positive where the neuron speaks for the noun. Beside it the same difference
 of the logit and of the centred logit (the logit less its mean over the vocabulary, which softmax ignores). What stands before the
-moment is read once; its keys and values serve all neurons, which are zeroed in batches of one token.
+moment is read once; its keys and values serve all neurons, which are zeroed in many copies of one token. Where the model's code allows
+it, the copies stand side by side at one position, each blind to the others, and share one set of keys and values.
 
 Areas under faithfulness curves follow MIB (Mueller et al. 2025, arXiv 2504.13151), with neurons at one position for its components and
 zero for its counterfactual."""
@@ -11,8 +12,8 @@ zero for its counterfactual."""
 from __future__ import annotations
 
 import copy
-import inspect
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,12 @@ from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
 
-BATCH = 128  # neurons zeroed at once: as many copies of the keys and values
+BATCH = 128  # neurons zeroed at once
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all neurons, kept or removed; MIB's
 LARGEST = 0.01  # of all neurons: those with the largest effects are what AUROC asks for
+TRIED = 16  # copies side by side, to see whether a model's code allows it
+
+_PACKS: weakref.WeakKeyDictionary[VLM, bool] = weakref.WeakKeyDictionary()  # whether it does
 
 
 class Moment:
@@ -56,16 +60,47 @@ class Moment:
         with torch.no_grad():
             self._cache = vlm.model(**before, use_cache=True).past_key_values
         self._last, self._length = ids[:, -1:], ids.shape[1]
-        self._names = set(inspect.signature(vlm.model.forward).parameters)
 
     def logits(self, rows: int, handles: Sequence[Any] = (), *, grad: bool = False) -> Tensor:
-        """Logits `[rows, vocabulary]` of so many copies of the moment, float32, with the watchers `handles` (layer, watcher) on."""
+        """Logits `[rows, vocabulary]` of so many copies of the moment, float32, with the watchers `handles` (layer, watcher) on, which see
+        activations `[rows, 1, neurons]`."""
+        packed = self._packs()
+        with torch.set_grad_enabled(grad), hooked(_watched(self.vlm, handles, packed)):
+            return self._packed(rows) if packed else self._repeated(rows)
+
+    def _repeated(self, rows: int) -> Tensor:
+        """The copies as a batch: as many copies of the keys and values, which any model can read."""
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(rows)
         mask = self._last.new_ones(rows, self._length)
         given = {"input_ids": self._last.expand(rows, 1), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        with torch.set_grad_enabled(grad), hooked(_watched(self.vlm, handles)):
-            return self.vlm.model(**given).logits[:, -1].float()
+        return self.vlm.model(**given).logits[:, -1].float()
+
+    def _packed(self, rows: int) -> Tensor:
+        """The copies side by side in one sequence, all at the same position; each sees what stands before and itself alone."""
+        before = self._length - 1
+        like = self.vlm.anatomy.unembedding.weight
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        mask = torch.full((rows, before + rows), torch.finfo(dtype).min, dtype=dtype, device=self._last.device)
+        mask[:, :before] = 0
+        mask[:, before:].fill_diagonal_(0)
+        places = self._last.new_full((1, rows), before)
+        cache = copy.deepcopy(self._cache)
+        given = {"input_ids": self._last.expand(1, rows), "attention_mask": mask[None, None], "position_ids": places}
+        return self.vlm.model(**given, past_key_values=cache, use_cache=True).logits[0].float()
+
+    @torch.no_grad()
+    def _packs(self) -> bool:
+        """Whether the model gives copies side by side the logits of one alone: tried once a model, not read off its code."""
+        if self.vlm not in _PACKS:
+            alone = self._repeated(1)
+            try:
+                together = self._packed(TRIED)
+                same = bool(((together - alone).abs().amax() <= 1e-4 * alone.abs().amax()).item())
+            except Exception:  # its code has another idea of masks, positions or caches, each with an error of its own
+                same = False
+            _PACKS[self.vlm] = same
+        return _PACKS[self.vlm]
 
     def without(self, kept: Tensor) -> Tensor:
         """Logits `[rows, vocabulary]` with the activations multiplied by `kept` `[rows, neurons of all layers]`."""
@@ -83,10 +118,20 @@ class Moment:
         return torch.stack([own - logits.logsumexp(-1), own, own - logits.mean(-1)], -1).cpu()
 
 
-def _watched(vlm: VLM, handles: Sequence[Any]) -> Any:
+def _watched(vlm: VLM, handles: Sequence[Any], packed: bool) -> Any:
     for layer, watcher in handles:
-        handle: Removable = vlm.anatomy.ffns[layer].watch(watcher)
+        handle: Removable = vlm.anatomy.ffns[layer].watch(_turned(watcher) if packed else watcher)
         yield handle
+
+
+def _turned(watcher: Any) -> Any:
+    """A watcher of rows, for copies side by side `[1, rows, neurons]`."""
+
+    def watch(seen: Tensor) -> Tensor | None:
+        changed = watcher(seen.transpose(0, 1))
+        return None if changed is None else changed.transpose(0, 1)
+
+    return watch
 
 
 @dataclass(frozen=True)
