@@ -728,8 +728,13 @@ def image_grid(count: int, inputs: Mapping[str, Tensor] | None = None) -> tuple[
     """Rows and columns of the `count` image tokens of one picture, given what the model reads: the grid that its processor names,
     in patches, of which a square of several may make one token; else a square. Raises MmnError where there is none."""
     inputs = inputs or {}
+    if count < 2:
+        raise MmnError(
+            "The picture has no positions of its own in this model's prompt, as where words see it by cross-attention, so there is no "
+            "heatmap to draw."
+        )
     for name in ("image_grid_thw", "image_grid_hws", "image_grid_hw", "spatial_shapes"):
-        if name in inputs and len(inputs[name]) == 1 and count:
+        if name in inputs and len(inputs[name]) == 1:
             height, width = inputs[name][0, -2:].tolist()
             side = (height * width / count) ** 0.5
             if round(height / side) * round(width / side) == count:
@@ -739,7 +744,7 @@ def image_grid(count: int, inputs: Mapping[str, Tensor] | None = None) -> tuple[
     if tiles > 1:
         raise MmnError(f"The picture is read as {tiles} tiles, whose image tokens are no one grid, so there is no heatmap to draw.")
     side = round(count**0.5)
-    if side * side != count or count == 0:
+    if side * side != count:
         raise MmnError(f"{count} image tokens are no square grid, so there is no heatmap to draw for this model.")
     return side, side
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -23,7 +25,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import cached_file
+from transformers.utils import ModelOutput, cached_file
 from transformers.utils import logging as hf_logging
 
 from mmn import nouns, weights
@@ -85,37 +87,97 @@ class VLM:
         with_image = images[0] is not None
         if any((image is not None) != with_image for image in images):
             raise MmnError("Either every item of a batch has a picture or none has: caption the others in a call of their own.")
+        around = self._around
         texts = [self.chat(prompt, prefix, with_image) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        try:
+            encoded = self._processed(texts, [_enlarged(image) for image in images if image is not None], around.nested)
+        except _REFUSED as error:
+            raise MmnError(f"The model's processor refuses this picture or prompt: {_line(error)}") from error
+        if around.tokens:  # what the processor sets behind a prompt, and the answer has begun already
+            length = encoded["input_ids"].shape[1]
+            encoded = {k: v[:, : -around.tokens] if v.shape[:2] == (len(texts), length) else v for k, v in encoded.items()}
+            if "token_type_ids" in encoded:
+                self._set_types(encoded["input_ids"], encoded["token_type_ids"], prefixes)
+        moved = {}
+        for key, value in encoded.items():
+            floating = value.is_floating_point()
+            moved[key] = value.to(self.device, self.anatomy.unembedding.weight.dtype if floating else value.dtype)
+        self._check_length(moved["input_ids"].shape[1])
+        return moved
+
+    def _processed(self, texts: list[str], images: list[Image.Image], nested: bool = True) -> dict[str, Tensor]:
+        """What the processor makes of some texts, each with its picture, or all without."""
         bos = self.tokenizer.bos_token
         options: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
         if bos and texts[0].startswith(bos):
             options["add_special_tokens"] = False  # the template has set them
-        if with_image:
-            options["images"] = [[_enlarged(image)] for image in images if image is not None]
-        try:
-            encoded = self.processor(**options)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise MmnError(f"The model's processor refuses this picture or prompt: {reason[0]}") from error
-        moved = {}
-        for key, value in encoded.items():
-            if isinstance(value, Tensor):
-                floating = value.is_floating_point()
-                moved[key] = value.to(self.device, self.anatomy.unembedding.weight.dtype if floating else value.dtype)
-        self._check_length(moved["input_ids"].shape[1])
-        return moved
+        if images:
+            options["images"] = [[image] for image in images] if nested else images
+        with quiet():
+            given = self.processor(**options)
+        return {key: value for key, value in given.items() if isinstance(value, Tensor) and key != "labels"}  # they train
+
+    def _set_types(self, ids: Tensor, types: Tensor, prefixes: Sequence[str]) -> None:
+        """Give the beginnings of answers the type of what the model writes itself."""
+        own = self._type_of_words(types)
+        for row, prefix in enumerate(prefixes):
+            tokens = ids[row].tolist()
+            count = next((n for n in range(len(tokens)) if prefix.strip() in self.tokenizer.decode(tokens[len(tokens) - n :])), 0)
+            types[row, len(tokens) - count :] = own
+
+    def _type_of_words(self, types: Tensor) -> int:
+        """The token type of a word that the model writes behind a prompt of such types."""
+        continued = self.model._update_model_kwargs_for_generation(ModelOutput(), {"token_type_ids": types})
+        return int(continued["token_type_ids"][0, -1])
 
     def chat(self, prompt: str, prefix: str, image: bool = True) -> str:
         """The text of one conversation: the picture, the prompt, and the beginning of the answer."""
-        if getattr(self.processor, "chat_template", None) is None:
-            mark = getattr(self.processor, "image_token", "") if image else ""
-            return f"{mark}{prompt} {prefix}".rstrip()
-        asked: list[dict[str, Any]] = [{"type": "image"}] if image else []
-        conversation = [{"role": "user", "content": [*asked, {"type": "text", "text": prompt}]}]
-        if not prefix:
-            return self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        conversation.append({"role": "assistant", "content": [{"type": "text", "text": prefix}]})
-        return self.processor.apply_chat_template(conversation, continue_final_message=True)
+        if getattr(self.processor, "chat_template", None) is not None:
+            return self._conversation(prompt, prefix, image)
+        mark, between = self._around.mark if image else "", self._around.text or " "
+        return f"{mark}{prompt}{between}{prefix}".rstrip(" ")
+
+    def _conversation(self, prompt: str, prefix: str, image: bool, ended: bool = False) -> str:
+        """The same by the processor's chat template; ended: with a whole answer in place of one to be continued."""
+        asked: list[dict[str, Any]] = [*([{"type": "image"}] if image else []), {"type": "text", "text": prompt}]
+        mark = getattr(self.processor, "image_token", "") if image else ""
+        # Contents in parts, as most templates take them; some, of models that came before those, take a text.
+        forms: list[tuple[Any, Any]] = [(asked, [{"type": "text", "text": prefix}]), (f"{mark}\n{prompt}".lstrip("\n"), prefix)]
+        for question, answer in forms:
+            conversation = [{"role": "user", "content": question}]
+            conversation += [{"role": "assistant", "content": answer}] if prefix else []
+            more = {} if ended else {"continue_final_message": True} if prefix else {"add_generation_prompt": True}
+            try:
+                text: str = self.processor.apply_chat_template(conversation, **more)
+            except Exception as error:  # a template is a program of its own
+                reason = _line(error)
+                continue
+            if prompt in text and str(question) not in text or question is forms[1][0]:
+                return text
+            reason = "it leaves out the prompt"
+        raise MmnError(f"The model's chat template refuses this conversation: {reason}")
+
+    @cached_property
+    def _around(self) -> _Around:
+        """What this processor wants around a prompt with a picture, and what it sets behind it, found by trying."""
+        templated = getattr(self.processor, "chat_template", None) is not None
+        mark = "" if templated else str(getattr(self.processor, "image_token", None) or "")
+        marks = list(dict.fromkeys(("", mark)))
+        token = self.anatomy.image_token
+        token = getattr(self.processor, "image_token_id", None) if token is None else token  # of models that see by cross-attention
+        picture = Image.new("RGB", (64, 64))
+        for nested, mark in itertools.product((True, False), marks):
+            text = self._conversation(PROMPT, PREFIX, True) if templated else f"{mark}{PROMPT} {PREFIX}"
+            try:
+                encoded = self._processed([text], [picture], nested)
+            except _REFUSED:
+                continue
+            ids = encoded["input_ids"][0].tolist()
+            seen = [token in ids, *(encoded[name].any() for name in ("image_embeds_position_mask",) if name in encoded)]
+            behind = next((n for n in range(5) if self.tokenizer.decode(ids[: len(ids) - n]).endswith(PREFIX)), 0)
+            if (token is None or any(seen)) and token not in ids[len(ids) - behind :]:
+                return _Around(mark, nested, self.tokenizer.decode(ids[len(ids) - behind :], skip_special_tokens=True), behind)
+        return _Around(marks[-1], True, "", 0)
 
     def image_positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Which positions of a prompt hold the picture, bool `[batch, positions]`."""
@@ -185,6 +247,7 @@ class VLM:
         return GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
             temperature=1.0, top_k=50, top_p=1.0, min_new_tokens=0, return_dict_in_generate=False,
+            eos_token_id=sorted(self.end_tokens) or None,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -210,7 +273,7 @@ class VLM:
         # One copy a layer, [batch, steps, neurons]; the traces are views of it.
         activations = [torch.stack(steps, 1).float().cpu() for steps in recorder.steps] if record else []
         stream = torch.stack(recorder.stream, 1).float().cpu() if record else None
-        ends = self._end_tokens()
+        ends = self.end_tokens
         traces = []
         for row in range(len(images)):
             stops = [step for step, token in enumerate(tokens[row].tolist()) if token in ends]
@@ -225,15 +288,29 @@ class VLM:
             traces.append(trace)
         return traces
 
-    def _end_tokens(self) -> set[int]:
+    @property
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer: the checkpoint's own, else its tokenizer's, and what the chat template sets behind one."""
         ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends]) if ends is not None else set()
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return {*(ends if isinstance(ends, list) else [ends] if ends is not None else []), *self._end_of_turn}
 
     @property
     def end_token(self) -> int:
-        """The token that ends an answer."""
-        ends = self._end_tokens()
-        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in ends or not ends else min(ends)
+        """The token that ends an answer as the model was taught to end one. Raises MmnError if there is none."""
+        ends = self.end_tokens
+        if not ends:
+            raise MmnError("This model has no token that ends an answer: set model.generation_config.eos_token_id.")
+        return next(iter(self._end_of_turn), self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in ends else min(ends))
+
+    @cached_property
+    def _end_of_turn(self) -> list[int]:
+        """The special token that the chat template sets behind an answer, if it sets one."""
+        if getattr(self.processor, "chat_template", None) is None:
+            return []
+        behind = self._conversation(PROMPT, PREFIX, False, ended=True).rpartition(PREFIX)[2]
+        ids = [id for id in self.tokenizer(behind, add_special_tokens=False).input_ids if self.tokenizer.decode([id]).strip()]
+        return ids[:1] if ids and ids[0] in self.tokenizer.added_tokens_decoder else []
 
     # ------------------------------------------------------------------------------------------------------------- replay
 
@@ -245,12 +322,23 @@ class VLM:
         new = trace.tokens[None, :steps].to(ids.device)
         for key, value in inputs.items():
             if value.shape == ids.shape:  # masks and types of tokens: text, attended to
-                fill = 1 if "attention" in key else 0
+                fill = 1 if "attention" in key else self._type_of_words(value) if key == "token_type_ids" else 0
                 more = new if key == "input_ids" else value.new_full(new.shape, fill)
                 inputs[key] = torch.cat([value, more.to(value.dtype)], 1)
             elif value.shape[:2] == ids.shape and "mask" in key:  # which pictures each word sees: as many as the one before
                 inputs[key] = torch.cat([value, value[:, -1:].repeat_interleave(steps, 1)], 1)
         return inputs
+
+
+class _Around(NamedTuple):
+    """What goes around a prompt: the mark of a picture before it where there is no chat template; whether each text's pictures
+    are a list of their own; and what the processor sets behind every text by itself, as text without special tokens and as a
+    number of tokens."""
+
+    mark: str
+    nested: bool
+    text: str
+    tokens: int
 
 
 class _LogProbabilities(LogitsProcessor):
@@ -263,6 +351,13 @@ class _LogProbabilities(LogitsProcessor):
         values = scores.float()
         self.kept.append(values.amax(-1) - values.logsumexp(-1))
         return scores
+
+
+_REFUSED = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError)  # what processors raise
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _each(what: str, value: str | Sequence[str], count: int) -> list[str]:
@@ -324,8 +419,7 @@ def load(
         except MmnError:
             raise
         except Exception as error:  # whatever transformers, safetensors and the Hub's client raise on files that are not whole
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MmnError(f"{name} could not be loaded: {reason}") from error
+            raise MmnError(f"{name} could not be loaded: {_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise MmnError(f"The checkpoint {name} lacks {len(missing)} weights, such as {missing[0]}: it is not whole.")

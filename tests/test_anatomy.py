@@ -302,9 +302,9 @@ def test_neurons_that_are_not_there() -> None:
 
 
 def test_image_grid() -> None:
-    assert image_grid(576) == (24, 24) and image_grid(1) == (1, 1)
-    for count in (0, 32, 65):
-        with pytest.raises(mmn.MmnError, match="no square grid"):
+    assert image_grid(576) == (24, 24) and image_grid(4) == (2, 2)
+    for count, reason in ((0, "no positions of its own"), (1, "no positions of its own"), (32, "no square"), (65, "no square")):
+        with pytest.raises(mmn.MmnError, match=reason):
             image_grid(count)
 
 

@@ -98,6 +98,6 @@ def test_refuses() -> None:
         mmn.heatmap(vlm, trace, [])
     with pytest.raises(mmn.MmnError, match="no neuron L7.0"):
         mmn.heatmap(vlm, trace, [Neuron(7, 0)])
-    for count in (0, 2, 15):
-        with pytest.raises(mmn.MmnError, match="no square grid"):
+    for count, reason in ((0, "no positions of its own"), (2, "no square grid"), (15, "no square grid")):
+        with pytest.raises(mmn.MmnError, match=reason):
             image_grid(count)

@@ -63,31 +63,41 @@ TEXT = [
 ]
 
 
+STYLES = ("bytes", "spaced", "pieces", "plain", "unigram")
+
+
 @functools.cache
-def tokenizer(style: str = "bytes") -> PreTrainedTokenizerFast:
-    """A small BPE tokenizer: over bytes, or as SentencePiece makes them (`▁` for a space)."""
-    bpe = Tokenizer(models.BPE(byte_fallback=style == "pieces", unk_token=None))
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    if style == "bytes":
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+def tokenizer(style: str = "bytes", special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFast:
+    """A small tokenizer, its special tokens from id 3 on: BPE over bytes, a space as a token of its own or (spaced) as the first
+    letter of a word, as GPT-2 has it; BPE or Unigram as SentencePiece makes them, `▁` for a space and one set before the first
+    word (Llama 1 and 2, T5); or BPE without that one (Gemma: plain)."""
+    special = ("<pad>", "<s>", "</s>", *special)
+    level = style in ("bytes", "spaced")
+    pieces = style in ("pieces", "plain")
+    words = Tokenizer(models.Unigram() if style == "unigram" else models.BPE(byte_fallback=pieces, unk_token=None))
+    if level:
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = decoders.ByteLevel()
     else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        bpe.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
-        )
-        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        alphabet = []
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([TEXT] * 20, trainer)
-    if style == "pieces":  # the tokens of single bytes, which no training finds
-        state = json.loads(bpe.to_str())
+        first = style != "plain"
+        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if first else "never")
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        words.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if first else steps)
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    options = {"vocab_size": 420, "special_tokens": list(special), "show_progress": False}
+    trainer: trainers.Trainer
+    if style == "unigram":
+        options["special_tokens"] = [*special, "<unk>"]
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    else:
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if level else [], **options)
+    words.train_from_iterator([TEXT if style in ("bytes", "pieces") else " ".join(TEXT)] * 20, trainer)
+    if pieces:  # the tokens of single bytes, which no training finds
+        state = json.loads(words.to_str())
         vocabulary = state["model"]["vocab"]
         vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-        bpe = Tokenizer.from_str(json.dumps(state))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+        words = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def randomise(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
