@@ -37,9 +37,10 @@ def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int 
     """One row a neuron that is active where the noun is produced: the `k` of highest direct score (`found`) and up to `per_layer` others
     of each layer, at random. In logits, but for the last two:
 
-    score, norm_aware, centred: the scores of these names. direct: what the logit loses when the write leaves the final norm's input
-    and nothing else changes (the norm's scale is computed anew). total: what it loses when the neuron is zeroed at this position, so
-    that later layers answer. direct_log_p: as direct, of log p (nats). scale: the norm's divisor without the write over that with it.
+    score, norm_aware, centred: the scores of these names. scale_aware: `norm_aware` with the scale's own change to first order: the
+    gradient of the logit by the final norm's input, in closed form. direct: what the logit loses when the write leaves the final norm's
+    input and nothing else changes (the norm's scale is computed anew). total: what it loses when the neuron is zeroed at this position,
+    so that later layers answer. direct_log_p: as direct, of log p (nats). scale: the norm's divisor without the write over that with it.
     common: the share of the votes' mean square, over all words, that is common to all: 1 is a shift of all words alike, 0 is none;
     common_random: the same of a vector of the write's length in a random direction.
 
@@ -84,6 +85,7 @@ def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, un
         total.append(logit[0] - logit[1:])  # row 0 is the model as it is, in the same batch
     return pd.DataFrame(
         {
+            "scale_aware": (written @ _towards(vlm, stream, noun.token)).numpy(),
             "direct": (logits[0] - logits[1:])[:, noun.token].numpy(),
             "total": torch.cat(total).numpy(),
             "direct_log_p": (log_p[0] - log_p[1:]).numpy(),
@@ -92,6 +94,18 @@ def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, un
             "common_random": _common(vlm, _random_like(written, noun.token + layer)),
         }
     )
+
+
+def _towards(vlm: VLM, stream: Tensor, token: int) -> Tensor:
+    """The gradient of a token's logit by the final norm's input at `stream` `[hidden]`, the scale's change included: `[hidden]`."""
+    direction = through_norm(vlm, vlm.anatomy.words([token]), stream[None])[0].cpu()
+    if vlm.anatomy.final_norm is None:
+        return direction
+    centre = torch.allclose(
+        direction.mean(), torch.zeros(()), atol=1e-6 * float(direction.abs().max())
+    )  # a norm that takes the mean off
+    along = stream - stream.mean() if centre else stream
+    return direction - (direction @ stream) * along / along.square().sum()
 
 
 def _written(vlm: VLM, trace: Trace, noun: Noun, neurons: Sequence[Neuron]) -> Tensor:
@@ -139,6 +153,7 @@ def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuro
     rows = {"kind": ["vote"] * len(written) + ["random"] * len(written), "direct": (logits[1:] - logits[0]).tolist()}
     norm = vlm.anatomy.final_norm or vlm.anatomy.unembedding
     parts = []
+    moment.logits(1)  # tries out how copies are read, before anything is pushed
     for layer, reader in enumerate([*vlm.anatomy.layers[1:], norm]):
         with hooked(_pushing(reader, torch.cat([torch.zeros(1, vlm.hidden), pushed]))):
             total = moment.measures(moment.logits(len(pushed) + 1))[:, 1]
@@ -147,11 +162,11 @@ def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuro
 
 
 def _pushing(reader: Any, pushed: Tensor) -> Iterator[Removable]:
-    """A hook that adds `pushed` `[rows, hidden]` to what a module reads, one row of the batch each."""
+    """A hook that adds `pushed` `[rows, hidden]` to what a module reads, one copy of the moment each."""
 
     def push(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         seen = args[0] if args else kwargs["hidden_states"]
-        changed = (seen.float() + pushed[:, None].to(seen.device)).to(seen.dtype)
+        changed = (seen.float() + pushed.reshape(seen.shape).to(seen.device)).to(seen.dtype)
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
     yield reader.register_forward_pre_hook(push, with_kwargs=True)
@@ -183,20 +198,22 @@ def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.D
         rng = np.random.default_rng(seed)
         shuffled = part.assign(**{one: part.groupby("layer")[one].transform(lambda values, rng=rng: rng.permutation(values))})
         row: dict[str, Any] = {"neurons": len(part)}
-        for measure, statistic in (("order", _order), ("size", _size)):
+        for measure, statistic in (("order", order), ("size", size)):
             value, control = statistic(part, one, other), statistic(shuffled, one, other)
             row |= {measure: value, f"{measure}_control": control, f"{measure}_verdict": verdict(value, control)}
         found[name] = row
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("assumption")
 
 
-def _order(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+def order(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+    """Rank correlation of two columns over a scene's neurons, averaged over the scenes (`scene`) with at least 5; None without any."""
     rows = [spearmanr(scene[one], scene[other])[0] for _, scene in part.groupby("scene") if len(scene) >= 5]
     rows = [row for row in rows if not math.isnan(row)]
     return bootstrap(rows, mean) if rows else None
 
 
-def _size(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+def size(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+    """Cosine of two columns over all scenes' neurons, to which large values matter most; None without neurons."""
     products = pd.DataFrame({"both": part[one] * part[other], "one": part[one] ** 2, "other": part[other] ** 2})
     rows = products.groupby(part["scene"]).sum().to_numpy()
     return bootstrap(rows, _cosine) if len(rows) else None

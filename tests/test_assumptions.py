@@ -39,6 +39,8 @@ def test_each_column_of_votes_is_what_it_says() -> None:
     best = mmn.rank(vlm, trace, NOUN, k=4)
     assert set(zip(*(table.loc[table["found"], c] for c in ("layer", "unit")), strict=True)) == set(map(tuple, best.neurons))
     plain = logits(vlm, trace, [])
+    point = trace.stream[NOUN.step].clone().requires_grad_()
+    gradient = torch.autograd.grad((text.norm(point) @ weight.T)[9], point)[0]
     for row in table.itertuples():
         down = text.layers[row.layer].mlp.down_proj
         written = trace.activations[row.layer][NOUN.step, row.unit] * down.weight[:, row.unit]
@@ -52,6 +54,7 @@ def test_each_column_of_votes_is_what_it_says() -> None:
             return (args[0] - written,)
 
         assert row.score == pytest.approx(float(written @ weight[9]), abs=1e-5)
+        assert row.scale_aware == pytest.approx(float(written @ gradient), abs=1e-5)
         assert row.total == pytest.approx(float((plain - logits(vlm, trace, [(down, silence)]))[9]), abs=2e-5)
         less = logits(vlm, trace, [(text.norm, without)])
         assert row.direct == pytest.approx(float((plain - less)[9]), abs=2e-5)
