@@ -174,7 +174,8 @@ class VLM:
                 continue
             ids = encoded["input_ids"][0].tolist()
             seen = [token in ids, *(encoded[name].any() for name in ("image_embeds_position_mask",) if name in encoded)]
-            behind = next((n for n in range(5) if self.tokenizer.decode(ids[: len(ids) - n]).endswith(PREFIX)), 0)
+            words = [id for id in ids if id != token]  # a mark may be no token at all, but a number below 0
+            behind = next((n for n in range(5) if self.tokenizer.decode(words[: len(words) - n]).endswith(PREFIX)), 0)
             if (token is None or any(seen)) and token not in ids[len(ids) - behind :]:
                 return _Around(mark, nested, self.tokenizer.decode(ids[len(ids) - behind :], skip_special_tokens=True), behind)
         return _Around(marks[-1], True, "", 0)
