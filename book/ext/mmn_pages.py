@@ -1,0 +1,55 @@
+"""What the book's pages need beyond Jupyter Book: docstrings as they are written here, and the address of the project's repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
+
+
+def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with `code` in backticks, paragraphs and lists with dashes: all else is shown as it stands."""
+    parts = CODE.split("\n".join(line.strip() for line in lines))
+    for index, part in enumerate(parts):
+        if index % 2:
+            code = " ".join(part.strip("`").split())
+            parts[index] = f"``{code}``\\ "
+        else:
+            part = re.sub(r"([\\*|_])", r"\\\1", part)
+            parts[index] = re.sub(r"^(\d+)\.", r"\1\\.", part, flags=re.MULTILINE)
+    lines[:] = "".join(parts).split("\n")
+
+
+def signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, text: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Sphinx cannot link types with lists inside, as those of functions, and shows the ~ of `~torch.Tensor`: there, names without modules."""
+    if text and "[[" in text:
+        text = re.sub(r"~(\w+\.)+", "", text)
+    return text, returns
+
+
+def repository(app: Sphinx, config: Config) -> None:
+    """Buttons that open a notebook on Binder or Colab, where the build was told in MMN_REPOSITORY where the project is published; without
+    it there are none, rather than dead ones."""
+    if url := os.environ.get("MMN_REPOSITORY", "").rstrip("/"):
+        config.html_theme_options |= {
+            "repository_url": url,
+            "repository_branch": os.environ.get("MMN_BRANCH", "main"),
+            "path_to_docs": ".",
+            "use_repository_button": True,
+            "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+        }
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", docstring)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("config-inited", repository)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
