@@ -2,12 +2,8 @@
 
 What a neuron writes is read by later layers before the final norm reads the sum. To first order their answer is a matrix a layer,
 `J_l`: how the final norm's input moves when layer l's FFN writes a little more. `fit` averages `J_l` over some moments by finite
-differences, forward passes only; it depends on the model alone, not on the noun. Then
-
-    score(l, i; t) = a_i <w_i, J_l^T n_t>,    n_t = gradient of log p(t) by the final norm's input,
-
-where n_t has a closed form, `through_norm(u_t - sum_v p(v) u_v)`: no backward pass. With `J_l` the identity it is the score
-`log_probability`."""
+differences, forward passes only; it depends on the model alone, not on the noun. The score is then `readout`, what log p(t) loses without
+the neuron's part, with `a_i J_l w_i` for that part in place of `a_i w_i`: no backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmn.contribution import towards_log_p
+from mmn.contribution import readout_of
 from mmn.errors import MmnError
 from mmn.hooks import hooked
 from mmn.nouns import Noun
@@ -32,9 +28,11 @@ BATCH = 128
 @dataclass(frozen=True)
 class Calibration:
     """Mean paths of a model, for each layer float32 `[hidden, hidden]`: row j is where the final norm's input goes when the layer's FFN
-    writes one unit more along axis j. Call it as any score of mmn.SCORES."""
+    writes one unit more along axis j; squares: the squared lengths of the writes at the end of the path, for each layer `[neurons]`. Call
+    it as any score of mmn.SCORES."""
 
     paths: list[Tensor]
+    squares: list[Tensor]
     model_hash: str
     moments: int
 
@@ -55,18 +53,19 @@ class Calibration:
             for layer, path in enumerate(paths):
                 for axes in torch.arange(vlm.hidden).split(BATCH):
                     path[axes] += _moved(vlm, moment, layer, axes, small) / len(found)
-        return cls(paths, vlm.hash, len(found))
+        writes = [ffn.write(range(ffn.neurons)).cpu() for ffn in vlm.anatomy.ffns]
+        squares = [(write @ path).square().sum(-1) for write, path in zip(writes, paths, strict=True)]
+        return cls(paths, squares, vlm.hash, len(found))
 
     def __call__(self, vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
         """The score. Raises MmnError for another model than the one calibrated."""
         if vlm.hash != self.model_hash:
             raise MmnError(f"This calibration is of the model {self.model_hash}, not of {vlm.hash}: fit one.")
-        towards = towards_log_p(vlm, trace, nouns).cpu()
-        steps = [noun.step for noun in nouns]
-        return [
-            ffn.read(towards @ path.T).cpu() * activations[steps]
-            for ffn, path, activations in zip(vlm.anatomy.ffns, self.paths, trace.activations, strict=True)
-        ]
+
+        def read(layer: int, directions: Tensor) -> Tensor:
+            return vlm.anatomy.ffns[layer].read(directions.cpu() @ self.paths[layer].T).cpu()
+
+        return readout_of(vlm, trace, nouns, read, self.squares)
 
 
 def _moved(vlm: VLM, moment: Moment, layer: int, axes: Tensor, small: float) -> Tensor:

@@ -23,6 +23,9 @@ from mmn.vlm import VLM
 from mmn.weights import device, matrix
 
 Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
+Reader = Callable[[int, Tensor], Tensor]
+
+RIVALS = 32  # likeliest words that `readout` follows one by one
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,72 @@ def log_probability(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tenso
 def towards_log_p(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> Tensor:
     """The direction in the final norm's input that raises `log p(t)` most, its scale frozen: `u_t - sum_v p(v) u_v` through the norm,
     float32 `[nouns, hidden]`; the gradient of log p in closed form but for the norm's scale."""
+    stream, logits = _moments(vlm, trace, nouns)
+    weight = matrix(vlm.anatomy.unembedding)
+    words = vlm.anatomy.words([noun.token for noun in nouns])
+    return through_norm(vlm, words - (logits.softmax(-1).to(weight) @ weight).float().to(words.device), stream)
+
+
+def _moments(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> tuple[Tensor, Tensor]:
+    """At each noun's step the final norm's input and the logits, float32 `[nouns, hidden]` and `[nouns, vocabulary]`."""
     assert trace.stream is not None
     weight = matrix(vlm.anatomy.unembedding)
     stream = trace.stream[[noun.step for noun in nouns]].to(weight.device)
     normed = stream if vlm.anatomy.final_norm is None else _norm(vlm, stream)
-    p = vlm.anatomy.unembedding(normed.to(weight.dtype)).float().softmax(-1).to(weight)
-    words = vlm.anatomy.words([noun.token for noun in nouns])
-    return through_norm(vlm, words - (p @ weight).float().to(words.device), stream)
+    return stream, vlm.anatomy.unembedding(normed.to(weight.dtype)).float()
+
+
+def readout(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
+    """What log p(t) loses, nats, when the neuron's write is taken out of the final norm's input and the rest of the stream stays: not a
+    slope but the difference [ours]. Later layers are left out, so it is the true effect for neurons of the last layer."""
+    ffns = vlm.anatomy.ffns
+    squares = [ffn.write(range(ffn.neurons)).square().sum(-1).cpu() for ffn in ffns]
+    return readout_of(vlm, trace, nouns, lambda layer, directions: ffns[layer].read(directions).cpu(), squares)
+
+
+@torch.no_grad()
+def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squares: Sequence[Tensor]) -> list[Tensor]:
+    """The same for writes that reach the final norm changed: `read(layer, directions [n, hidden])` is their inner product with some
+    directions, `[n, neurons]`, `squares` their squared lengths, for each layer `[neurons]`.
+
+    With s the norm's input and d a neuron's part in it, word v's logit `z_v = u_v . gain s / |s|` becomes that of s - d, whose length
+    follows from `|s|^2 - 2 s.d + |d|^2`. The RIVALS likeliest words are followed one by one and all others as one of their mean (by
+    probability), which keeps the cost at one product with so many directions a layer. The norm's epsilon is left out."""
+    stream, logits = _moments(vlm, trace, nouns)
+    weight, count = matrix(vlm.anatomy.unembedding), len(nouns)
+    p, first = logits.softmax(-1), logits.clone()
+    first[range(count), [noun.token for noun in nouns]] = float("inf")  # the noun itself comes first
+    followed = first.topk(min(RIVALS + 1, p.shape[-1] - 1)).indices
+    own = p.gather(-1, followed)
+    rest = (1 - own.sum(-1, keepdim=True)).clamp(min=1e-9)
+    words = vlm.anatomy.words(followed.flatten()).unflatten(0, followed.shape)
+    mean = ((p.to(weight) @ weight).float().to(words.device) - (own.to(words.device)[..., None] * words).sum(1)) / rest.to(
+        words.device
+    )
+    vectors = torch.cat([words, mean[:, None]], 1)
+    size = vectors.shape[1]
+    directions = through_norm(vlm, vectors.flatten(0, 1), stream.repeat_interleave(size, 0)).unflatten(0, (count, size))
+    mass = torch.cat([own, rest], -1).double().log().cpu()[..., None]
+    stream = stream.to(directions.device)
+    before = (directions * stream[:, None]).sum(-1).double().cpu()[..., None]
+    centre = vlm.anatomy.final_norm is not None and _norm_gain(vlm)[1]
+    line = stream - stream.mean(-1, keepdim=True) if centre else stream
+    asked = torch.cat([directions.flatten(0, 1), line, torch.ones_like(line[:1])])
+    length = line.square().sum(-1).double().cpu()[:, None]
+    found = []
+    for layer, square in enumerate(squares):
+        told = read(layer, asked).double()
+        a = _steps(trace, nouns, layer).double()
+        moved = told[: count * size].unflatten(0, (count, size)) * a[:, None]
+        if vlm.anatomy.final_norm is None:
+            ratio = torch.ones_like(a)
+        else:
+            lost = square.double() - (told[-1].square() / vlm.hidden if centre else 0)
+            ratio = (length / (length - 2 * a * told[count * size : -1] + a.square() * lost)).sqrt()
+        change = (ratio[:, None] - 1) * before - ratio[:, None] * moved
+        loss = (mass + change).logsumexp(1) - mass.logsumexp(1) - change[:, 0]
+        found.append(torch.where(a == 0, 0, loss).float())
+    return found
 
 
 def through_norm(vlm: VLM, directions: Tensor, stream: Tensor) -> Tensor:
@@ -239,6 +301,7 @@ SCORES: dict[str, Scorer] = {
     "centred": centred,
     "norm_aware": norm_aware,
     "log_probability": log_probability,
+    "readout": readout,
     "random": random,
     "same_layer": same_layer,
     "gradient": gradient,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -141,6 +144,52 @@ def test_log_probability_is_the_slope_of_log_p_with_the_norms_scale_frozen(case)
         torch.testing.assert_close(got[layer], right.detach(), rtol=1e-3, atol=1e-5)
 
 
+def test_readout_is_the_true_effect_of_the_last_layer_and_knows_no_later_ones(case) -> None:
+    vlm, trace, noun = case
+    effects = oracle.oracle(vlm, trace, noun).log_p
+    got = torch.cat(mmn.contributions(vlm, trace, noun, "readout"))
+    assert float(effects[48:].abs().max()) > 1e-2
+    torch.testing.assert_close(got[48:], effects[48:], atol=2e-3, rtol=2e-2)  # words beyond the likeliest count as one
+    assert float((got[:48] - effects[:48]).abs().max()) > 1e-2
+    # The first layer: its write taken out of the final norm's input by hand.
+    ffn, norm = vlm.anatomy.ffns[0], vlm.model.model.language_model.norm
+    stream = trace.stream[noun.step]
+    writes = trace.activations[0][noun.step][:, None] * ffn.write(range(24))
+    with torch.no_grad():
+        logs = vlm.model.lm_head(norm(torch.cat([stream[None], stream - writes]))).log_softmax(-1)[:, 9]
+    torch.testing.assert_close(got[:24], logs[0] - logs[1:], atol=2e-3, rtol=2e-2)
+
+
+def test_readout_follows_a_norm_that_takes_the_mean_off_and_a_model_without_one(case) -> None:
+    vlm, trace, noun = case
+    vlm = copy.copy(vlm)
+    norm = torch.nn.LayerNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    for other in (norm, None):
+        vlm.anatomy = dataclasses.replace(vlm.anatomy, final_norm=other)
+        writes = trace.activations[2][noun.step][:, None] * vlm.anatomy.ffns[2].write(range(24))
+        stream = torch.cat([trace.stream[noun.step][None], trace.stream[noun.step] - writes])
+        with torch.no_grad():
+            logs = vlm.model.lm_head(stream if other is None else other(stream)).log_softmax(-1)[:, 9]
+        got = mmn.contributions(vlm, trace, noun, "readout")[2]
+        torch.testing.assert_close(got, logs[0] - logs[1:], atol=3e-3, rtol=3e-2)
+
+
+def test_copies_side_by_side_say_what_copies_in_a_batch_say(case, monkeypatch) -> None:
+    vlm, trace, noun = case
+    moment = oracle.Moment(vlm, trace, noun)
+    factors = torch.rand(5, 72, generator=torch.Generator().manual_seed(0)) * 2
+    together = moment.without(factors)
+    assert oracle._PACKS[vlm] and float((together[0] - together[1]).abs().max()) > 1e-2
+    monkeypatch.setitem(oracle._PACKS, vlm, False)
+    torch.testing.assert_close(moment.without(factors), together, atol=1e-5, rtol=1e-4)
+    monkeypatch.delitem(oracle._PACKS, vlm)
+    monkeypatch.setattr(oracle.Moment, "_packed", lambda moment, rows: moment._repeated(rows) * 1.01)  # copies that see each other
+    torch.testing.assert_close(moment.without(factors), together, atol=1e-5, rtol=1e-4)
+    assert not oracle._PACKS[vlm]
+
+
 def test_the_calibration_of_one_moment_is_its_gradient(case) -> None:
     """Where the norm's scale hardly changes the two differ little, and after the last layer the path is the identity."""
     vlm, trace, noun = case
@@ -173,7 +222,7 @@ def test_the_calibration_of_one_moment_is_its_gradient(case) -> None:
 def test_a_calibration_is_of_one_model(case) -> None:
     vlm, trace, noun = case
     with pytest.raises(mmn.MmnError, match="of the model other"):
-        Calibration([], "other", 1)(vlm, trace, [noun])
+        Calibration([], [], "other", 1)(vlm, trace, [noun])
 
 
 def test_rows_of_the_table_are_comparisons_and_calibrate_on_no_held_out_concept(monkeypatch) -> None:
