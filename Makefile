@@ -5,7 +5,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 HTML := book/_build/html
-CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/report.ipynb
 # The pages depend on this code and data, which the cache of executed chapters does not look at.
 SOURCES := $(wildcard mmn/*.py) $(shell find data -type f 2>/dev/null) constraints.txt
 
@@ -40,8 +40,11 @@ test: .venv/ready
 refresh: .venv/ready
 	$(if $(TABLES),$(BIN)/mmn evaluate --out data/results/evaluate.json --card data/tiny-llava/README.md)
 	$(if $(TABLES),$(BIN)/mmn tables)
+	$(if $(TABLES),$(BIN)/mmn throughput --json > data/results/throughput.json)
+	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
+	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)
 	$(BIN)/ruff format --quiet $(CHAPTERS)
-	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
+	TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py
 	$(BIN)/python book/make_claims.py
 
