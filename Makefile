@@ -40,6 +40,7 @@ test: .venv/ready
 refresh: .venv/ready
 	$(if $(TABLES),$(BIN)/mmn evaluate --out data/results/evaluate.json --card data/tiny-llava/README.md)
 	$(if $(TABLES),$(BIN)/mmn tables)
+	$(if $(TABLES),OMP_NUM_THREADS=1 $(BIN)/mmn bench --out data/results)
 	$(if $(TABLES),$(BIN)/mmn throughput --json > data/results/throughput.json)
 	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
 	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)
@@ -47,6 +48,7 @@ refresh: .venv/ready
 	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False --NotebookClient.store_widget_state=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py
 	$(BIN)/python book/make_claims.py
+	$(BIN)/python book/make_costs.py
 
 clean:
 	rm -rf .venv book/_build

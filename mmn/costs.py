@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import json
 import math
 import platform
 import re
@@ -369,3 +370,24 @@ def draw(table: pd.DataFrame) -> Any:
     axes[0].set_ylabel("seconds, one noun")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return fig
+
+
+def page(folder: Path) -> str:
+    """The table of the book's page "What it costs", from bench.csv and bench.json in `folder`: Markdown."""
+    table = pd.read_csv(folder / "bench.csv")
+    record = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    machine = record["machine"]
+    out = shown(table)
+    lines: list[str] = []
+    for what, unit in (("Time for one noun", " ms"), ("Memory", " MiB")):
+        part = out[[name for name in out if name.endswith(unit) or " " not in name]].rename(
+            columns=lambda name, unit=unit: name.removesuffix(unit)
+        )
+        lines += [f"**{what}**,{unit}:", "", "| " + " | ".join(part.columns) + " |", "|" + "---|" * len(part.columns)]
+        lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in part.itertuples(index=False)] + [""]
+    where = f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {record['dtype']}"
+    recording = (
+        f"On {record['model']}, recording every neuron made captions {record['record_overhead']:+.1%} slower, and ranking the neurons "
+        f"of all nouns of a caption took {record['rank_overhead']:.1%} of captioning (medians of {record['pairs']} pairs of runs)."
+    )
+    return "\n".join([f"Measured on: {where}.", "", summary(table), "", recording, "", *lines])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -10,7 +13,9 @@ import torch
 import mmn
 from mmn import costs
 from mmn.costs import Graph, Shape
+from mmn.paths import data_path
 
+BOOK = Path(__file__).parent.parent / "book"
 SMALL = Shape(64, 96, 1200, 2)
 
 
@@ -110,3 +115,19 @@ def test_costs_has_a_row_for_each_shape_and_one_scaled(monkeypatch: pytest.Monke
     assert table["limit_seconds"].iloc[0] == pytest.approx(32 * 48 * 4 / 1e9)
     with pytest.raises(mmn.MmnError, match="no shapes 'depth'"):
         costs.costs(("depth",))
+
+
+def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
+    table = made()
+    table.to_csv(tmp_path / "bench.csv", index=False)
+    machine = {"processor": "a processor", "threads": 1, "torch": "2"}
+    record = {"machine": machine, "dtype": "float32", "model": "m", "record_overhead": 0.051, "rank_overhead": 0.012, "pairs": 7}
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    said = costs.page(tmp_path)
+    assert costs.summary(table) in said and "+5.1% slower" in said and "a processor" in said
+    assert said.count("\n| ") == 2 * (len(table) + 1)
+
+
+@pytest.mark.skipif(not (BOOK / "_costs.md").exists(), reason="there is no book beside the tests")
+def test_the_books_page_is_made_from_the_stored_figures() -> None:
+    assert (BOOK / "_costs.md").read_text(encoding="utf-8") == costs.page(data_path("results")), "run book/make_costs.py"
