@@ -26,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import mmn
+from mmn import metrics
 from mmn.anatomy import Neuron
 from mmn.contribution import SCORES, Scorer
 from mmn.errors import MmnError
@@ -60,6 +61,7 @@ class Moment:
         with torch.no_grad():
             self._cache = vlm.model(**before, use_cache=True).past_key_values
         self._last, self._length = ids[:, -1:], ids.shape[1]
+        self._packs()  # now, while no watcher is on
 
     def logits(self, rows: int, handles: Sequence[Any] = (), *, grad: bool = False) -> Tensor:
         """Logits `[rows, vocabulary]` of so many copies of the moment, float32, with the watchers `handles` (layer, watcher) on, which see
@@ -182,31 +184,33 @@ def integrated_gradients(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[
     return _by_gradient(vlm, trace, nouns, 16)
 
 
-@torch.inference_mode(False)
 def _by_gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun], steps: int) -> list[Tensor]:
-    """Activation times gradient of log p, at the activations themselves or averaged over `steps` points on the way to them."""
-    found = []
-    for noun in nouns:
-        moment = Moment(vlm, trace, noun)
-        points = (torch.arange(steps) + 0.5) / steps if steps else torch.ones(1)
-        leaves: dict[int, Tensor] = {}
-
-        def put(layer: int, moment: Moment, points: Tensor, leaves: dict[int, Tensor]) -> Any:
-            def watch(seen: Tensor) -> Tensor:
-                if steps:  # every layer starts anew from its share
-                    leaves[layer] = (points[:, None, None] * moment.activations[layer]).to(seen).requires_grad_()
-                else:
-                    leaves[layer] = seen if seen.requires_grad else seen.detach().requires_grad_()
-                return leaves[layer]
-
-            return watch
-
-        handles = [(layer, put(layer, moment, points, leaves)) for layer in range(len(moment.layers))]
-        logits = moment.logits(len(points), handles, grad=True)
-        log_p = logits.log_softmax(-1)[:, moment.token].sum()
-        gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in range(len(moment.layers))])
-        found.append([a * g[:, -1].float().mean(0).cpu() for a, g in zip(moment.activations, gradients, strict=True)])
+    found = [slopes(Moment(vlm, trace, noun), steps) for noun in nouns]
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
+
+
+@torch.inference_mode(False)
+def slopes(moment: Moment, steps: int = 0) -> list[Tensor]:
+    """Activation times gradient of log p, for each layer float32 `[neurons]`: at the activations themselves, or averaged over `steps`
+    points on the way to them. What stands before the moment is not read again."""
+    points = (torch.arange(steps) + 0.5) / steps if steps else torch.ones(1)
+    leaves: dict[int, Tensor] = {}
+
+    def put(layer: int) -> Any:
+        def watch(seen: Tensor) -> Tensor:
+            if steps:  # every layer starts anew from its share
+                leaves[layer] = (points[:, None, None] * moment.activations[layer]).to(seen).requires_grad_()
+            else:
+                leaves[layer] = seen if seen.requires_grad else seen.detach().requires_grad_()
+            return leaves[layer]
+
+        return watch
+
+    layers = range(len(moment.layers))
+    logits = moment.logits(len(points), [(layer, put(layer)) for layer in layers], grad=True)
+    log_p = logits.log_softmax(-1)[:, moment.token].sum()
+    gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in layers])
+    return [a * g[:, -1].float().mean(0).cpu() for a, g in zip(moment.activations, gradients, strict=True)]
 
 
 @torch.no_grad()
@@ -294,3 +298,13 @@ def compare(vlm: VLM, trace: Trace, noun: str | Noun, scores: Mapping[str, Score
         row |= {f"spearman_{what}": agreement(flat, getattr(effects, what), ())["spearman"] for what in ("logit", "centred")}
         rows[name] = row | {"ms": spent}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("score")
+
+
+def difference(table: pd.DataFrame, one: str, other: str, column: str) -> metrics.Interval:
+    """How much larger a measure is for one score than for another, in rows of the table `oracle` (columns key, score and the measure):
+    the mean over scenes of the difference of the scene's means, its interval over scenes. Raises MmnError if no scene has both."""
+    by_scene = table.pivot_table(index="key", columns="score", values=column)
+    missing = [name for name in (one, other) if name not in by_scene]
+    if missing:
+        raise MmnError(f"The table has no score {missing[0]!r}; it has: {', '.join(map(str, by_scene.columns))}.")
+    return metrics.bootstrap((by_scene[one] - by_scene[other]).dropna().to_numpy(), metrics.mean)

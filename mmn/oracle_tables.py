@@ -29,14 +29,18 @@ def scores(vlm: VLM) -> dict[str, Scorer]:
 
 @functools.lru_cache(maxsize=2)
 def _scores(vlm_hash: str, vlm: VLM) -> dict[str, Scorer]:
-    development = [name for name in scenes.sprites("noto") if name not in HELD_OUT]
-    shown = [development[place::CALIBRATED_ON][:2] for place in range(CALIBRATED_ON)]
-    drawn = [scenes.draw(FIRST - 1 - place, style="noto", concepts=names) for place, names in enumerate(shown)]
-    traces = vlm.caption([scene.image for scene in drawn])
     try:
-        return oracle.ALL | {"calibrated": Calibration.fit(vlm, traces)}
+        return oracle.ALL | {"calibrated": calibration(vlm)}
     except MmnError:  # it names nothing, or its FFNs are mixtures
         return dict(oracle.ALL)
+
+
+def calibration(vlm: VLM, count: int = CALIBRATED_ON) -> Calibration:
+    """Fitted on `count` scenes of development concepts, at most CALIBRATED_ON. Raises MmnError as Calibration.fit does."""
+    development = [name for name in scenes.sprites("noto") if name not in HELD_OUT]
+    shown = [development[place::CALIBRATED_ON][:2] for place in range(count)]
+    drawn = [scenes.draw(FIRST - 1 - place, style="noto", concepts=names) for place, names in enumerate(shown)]
+    return Calibration.fit(vlm, vlm.caption([scene.image for scene in drawn]))
 
 
 @table(
