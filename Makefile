@@ -7,7 +7,7 @@ BIN := .venv/bin
 HTML := book/_build/html
 CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/report.ipynb
 # The pages depend on this code and data, which the cache of executed chapters does not look at.
-SOURCES := $(wildcard mmn/*.py) $(shell find data -type f 2>/dev/null) constraints.txt
+SOURCES := $(wildcard mmn/*.py mmn/*.html) $(shell find data -type f 2>/dev/null) constraints.txt
 
 .PHONY: book lab test refresh clean
 .DEFAULT_GOAL := book
@@ -23,7 +23,10 @@ book/_build/sources: $(SOURCES)
 	mkdir -p book/_build
 	touch $@
 
-book: .venv/ready book/_build/sources
+book/_static/atlas.html: .venv/ready book/_build/sources
+	$(BIN)/mmn atlas --out $@
+
+book: .venv/ready book/_build/sources book/_static/atlas.html
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -nW --keep-going
 	@echo "The book is in $(HTML)/index.html"
 
@@ -51,4 +54,4 @@ refresh: .venv/ready
 	$(BIN)/python book/make_costs.py
 
 clean:
-	rm -rf .venv book/_build
+	rm -rf .venv book/_build book/_static/atlas.html
