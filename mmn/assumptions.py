@@ -31,6 +31,8 @@ from mmn.weights import matrix
 
 HOLDS, PARTLY = 0.9, 0.5  # of a correlation or a share that is 1 where an assumption is true; fixed before anything was measured
 
+SCENES = 3  # fewer give no interval
+
 
 @torch.no_grad()
 def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int = 64, seed: int = 0) -> pd.DataFrame:
@@ -206,17 +208,18 @@ def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.D
 
 
 def order(part: pd.DataFrame, one: str, other: str) -> Interval | None:
-    """Rank correlation of two columns over a scene's neurons, averaged over the scenes (`scene`) with at least 5; None without any."""
+    """Rank correlation of two columns over a scene's neurons, averaged over the scenes (`scene`) with at least 5; None for fewer than 3
+    such scenes, which make no interval."""
     rows = [spearmanr(scene[one], scene[other])[0] for _, scene in part.groupby("scene") if len(scene) >= 5]
     rows = [row for row in rows if not math.isnan(row)]
-    return bootstrap(rows, mean) if rows else None
+    return bootstrap(rows, mean) if len(rows) >= SCENES else None
 
 
 def size(part: pd.DataFrame, one: str, other: str) -> Interval | None:
-    """Cosine of two columns over all scenes' neurons, to which large values matter most; None without neurons."""
+    """Cosine of two columns over all scenes' neurons, to which large values matter most; None for fewer than 3 scenes."""
     products = pd.DataFrame({"both": part[one] * part[other], "one": part[one] ** 2, "other": part[other] ** 2})
     rows = products.groupby(part["scene"]).sum().to_numpy()
-    return bootstrap(rows, _cosine) if len(rows) else None
+    return bootstrap(rows, _cosine) if len(rows) >= SCENES else None
 
 
 def _cosine(rows: np.ndarray) -> float:

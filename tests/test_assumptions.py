@@ -112,8 +112,9 @@ def test_verdicts_on_what_is_true_and_what_is_noise() -> None:
     assert set(noise["order_verdict"]) == set(noise["size_verdict"]) == {"fails"}
     assert true["neurons"].tolist() == [320, 320, 320, 160, 320]
     assert true["order"].iloc[0].value == pytest.approx(1) and abs(true["order_control"].iloc[0].value) < 0.2
-    alone = assumptions.verdicts([table.query("layer == 1") for table in made(2, 1.0)], 2)
-    assert alone["order_verdict"].iloc[3] == "untested"
+    late = assumptions.verdicts([table.query("layer == 1") for table in made(8, 1.0)], 2)
+    assert late["order_verdict"].tolist() == ["holds", "holds", "holds", "untested", "holds"]
+    assert set(assumptions.verdicts(made(2, 1.0), 2)["size_verdict"]) == {"untested"}
     with pytest.raises(mmn.MmnError, match="at least one scene"):
         assumptions.verdicts([], 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def test_costs_has_a_row_for_each_shape_and_one_scaled(monkeypatch: pytest.Monke
     small = Shape(32, 48, 1200, 1)
     monkeypatch.setattr(costs, "SWEEPS", {"width": (small,), "llava-1.5-7b": (small, small._replace(layers=2))})
     monkeypatch.setattr(costs, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(costs, "build", functools.partial(costs.build, side=3))
     table = costs.costs(("width", "llava-1.5-7b"), repeats=1)
     assert table["layers"].tolist() == [1, 1, 2, 32] and table["scaled"].tolist() == [False, False, False, True]
     assert (table.filter(like="_seconds").iloc[:3] >= 0).all(axis=None)
