@@ -65,7 +65,7 @@ class Calibration:
         def read(layer: int, directions: Tensor) -> Tensor:
             return vlm.anatomy.ffns[layer].read(directions.cpu() @ self.paths[layer].T).cpu()
 
-        return readout_of(vlm, trace, nouns, read, self.squares)
+        return readout_of(vlm, trace, nouns, read, lambda layer, units: self.squares[layer][units])
 
 
 def _moved(vlm: VLM, moment: Moment, layer: int, axes: Tensor, small: float) -> Tensor:

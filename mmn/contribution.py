@@ -116,14 +116,17 @@ def readout(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """What log p(t) loses, nats, when the neuron's write is taken out of the final norm's input and the rest of the stream stays: not a
     slope but the difference [ours]. Later layers are left out, so it is the true effect for neurons of the last layer."""
     ffns = vlm.anatomy.ffns
-    squares = [ffn.write(range(ffn.neurons)).square().sum(-1).cpu() for ffn in ffns]
+
+    def squares(layer: int, units: Tensor) -> Tensor:
+        return ffns[layer].write(units.tolist()).square().sum(-1).cpu()
+
     return readout_of(vlm, trace, nouns, lambda layer, directions: ffns[layer].read(directions).cpu(), squares)
 
 
 @torch.no_grad()
-def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squares: Sequence[Tensor]) -> list[Tensor]:
+def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squares: Reader) -> list[Tensor]:
     """The same for writes that reach the final norm changed: `read(layer, directions [n, hidden])` is their inner product with some
-    directions, `[n, neurons]`, `squares` their squared lengths, for each layer `[neurons]`.
+    directions, `[n, neurons]`, `squares(layer, units)` the squared lengths of some, `[units]`. Silent neurons are left out.
 
     With s the norm's input and d a neuron's part in it, word v's logit `z_v = u_v . gain s / |s|` becomes that of s - d, whose length
     follows from `|s|^2 - 2 s.d + |d|^2`. The RIVALS likeliest words are followed one by one and all others as one of their mean (by
@@ -150,18 +153,21 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
     asked = torch.cat([directions.flatten(0, 1), line, torch.ones_like(line[:1])])
     length = line.square().sum(-1).double().cpu()[:, None]
     found = []
-    for layer, square in enumerate(squares):
-        told = read(layer, asked).double()
-        a = _steps(trace, nouns, layer).double()
+    for layer in range(len(vlm.anatomy.ffns)):
+        fired = _steps(trace, nouns, layer)
+        losses = torch.zeros_like(fired)
+        units = fired.any(0).nonzero()[:, 0]
+        told, a = read(layer, asked)[:, units].double(), fired[:, units].double()
         moved = told[: count * size].unflatten(0, (count, size)) * a[:, None]
         if vlm.anatomy.final_norm is None:
             ratio = torch.ones_like(a)
         else:
-            lost = square.double() - (told[-1].square() / vlm.hidden if centre else 0)
-            ratio = (length / (length - 2 * a * told[count * size : -1] + a.square() * lost)).sqrt()
+            square = squares(layer, units).double() - (told[-1].square() / vlm.hidden if centre else 0)
+            ratio = (length / (length - 2 * a * told[count * size : -1] + a.square() * square)).sqrt()
         change = (ratio[:, None] - 1) * before - ratio[:, None] * moved
         loss = (mass + change).logsumexp(1) - mass.logsumexp(1) - change[:, 0]
-        found.append(torch.where(a == 0, 0, loss).float())
+        losses[:, units] = torch.where(a == 0, 0, loss).float()
+        found.append(losses)
     return found
 
 
