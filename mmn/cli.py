@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("mmn.cli", "caption a picture, find the neurons behind each noun, draw where they fire"),
+    "list": ("mmn.chapter_list", "list the chapters and their parameters"),
+    "run": ("mmn.chapters", "run a chapter with other parameters"),
     "train": ("mmn.train", "train the scale model"),
     "evaluate": ("mmn.evaluate", "measure a model on fresh scenes, with chance levels and random controls"),
     "tables": ("mmn.tables", "make the slow tables that the chapters show, or check a sample of them"),

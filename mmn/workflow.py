@@ -228,7 +228,7 @@ def gather(out: Path) -> dict[str, pd.DataFrame]:
         "settings": settings,
         "models": models,
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
         "units": stages.UNITS,
         "protocol": "this project's own: mmn.stages",
     }
@@ -263,7 +263,7 @@ def _parts(out: Path, settings: dict[str, Any], model: str) -> list[tuple[str, p
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this package is run from, if it is one; `+` where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
