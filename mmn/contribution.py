@@ -156,7 +156,9 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
     for layer in range(len(vlm.anatomy.ffns)):
         fired = _steps(trace, nouns, layer)
         losses = torch.zeros_like(fired)
-        units = fired.any(0).nonzero()[:, 0]
+        found.append(losses)
+        if not len(units := fired.any(0).nonzero()[:, 0]):
+            continue
         told, a = read(layer, asked)[:, units].double(), fired[:, units].double()
         moved = told[: count * size].unflatten(0, (count, size)) * a[:, None]
         if vlm.anatomy.final_norm is None:
@@ -167,7 +169,6 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
         change = (ratio[:, None] - 1) * before - ratio[:, None] * moved
         loss = (mass + change).logsumexp(1) - mass.logsumexp(1) - change[:, 0]
         losses[:, units] = torch.where(a == 0, 0, loss).float()
-        found.append(losses)
     return found
 
 

@@ -81,6 +81,23 @@ def test_ranks_are_counted_and_expectations_cover_every_score(case) -> None:
     assert set(planted.EXPECTED) == set(oracle.ALL)
 
 
+def test_rows_of_the_table_are_those_of_the_first_noun_that_is_shown(case, monkeypatch) -> None:
+    from mmn import oracle_tables, scenes
+
+    vlm, trace, noun = case
+    name = scenes.draw(oracle_tables.FIRST + oracle_tables.SCENES).names[0]
+    said = [Noun("absent", "absent", 5, 1, (0, 1)), Noun(name, name, 9, 2, (0, 1))]
+    monkeypatch.setattr(vlm, "caption", lambda image: trace)
+    monkeypatch.setitem(trace.__dict__, "nouns", said)
+    rows = oracle_tables.planted_table(vlm, 0)
+    assert len(rows) == len(planted.KINDS) * len(oracle.ALL) and {row["noun"] for row in rows} == {name}
+    vote = next(row for row in rows if (row["kind"], row["score"]) == ("vote", "direct"))
+    found = planted.plant(vlm, trace, said[1], "vote")
+    assert vote["effect"] == pytest.approx(effect(found, found.neuron), abs=1e-3)
+    monkeypatch.setitem(trace.__dict__, "nouns", said[:1])
+    assert oracle_tables.planted_table(vlm, 0) == []
+
+
 def test_what_cannot_be_planted_is_said(case) -> None:
     with pytest.raises(mmn.MmnError, match="no kind 'odd'"):
         planted.plant(*case, "odd")
