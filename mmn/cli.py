@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "edit": ("mmn.edit_command", "fit an edit, show it, caption with it, or merge it into a checkpoint"),
     "bench": ("mmn.bench", "time what recording and ranking cost"),
     "atlas": ("mmn.atlas", "every neuron on one page: its words, its pictures, its concept"),
+    "fetch": ("mmn.fetch", "fetch the pictures of SBU Captions"),
     "throughput": ("mmn.throughput", "pictures a second in batches, beside plain generation"),
     "replicate": ("mmn.workflow", "all measures on several models and many pictures, on one machine or a cluster"),
     "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),

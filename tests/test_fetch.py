@@ -1,0 +1,196 @@
+"""Fetching from a server that misbehaves: every bad address is one row with its reason, every good one a file; nothing is asked twice."""
+
+import io
+import json
+import struct
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mmn import fetch, sources
+from mmn.errors import MmnError
+
+
+def jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def bomb(side: int = 30_000) -> bytes:
+    """A PNG of a few kB that says it has 900 million pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+class Server(BaseHTTPRequestHandler):
+    asked: list[str] = []
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, body: bytes, kind: str = "image/jpeg", announced: int | None = None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):  # noqa: N802 - the name that http.server calls
+        name = self.path.split("/")[-1].split(".")[0].rstrip("0123456789")
+        Server.asked.append(self.path)
+        assert self.headers["User-Agent"] == fetch.AGENT
+        to = {"moved": "/good9.jpg", "loop": "/loop.jpg", "file": "file:///etc/hostname", "inside": "http://192.168.0.1/x.jpg"}
+        if name in to:
+            self.send_response(302)
+            self.send_header("Location", to[name])
+            self.end_headers()
+        elif name == "gone":
+            self.send_error(404)
+        elif name == "page":
+            self.send(b"<html>", "text/html")
+        elif name == "half":
+            self.send(jpeg()[:200], announced=len(jpeg()))
+        elif name == "broken":
+            self.send(jpeg()[:200])
+        elif name == "huge":
+            self.send(b"\xff" * 300_000)
+        elif name == "bomb":
+            self.send(bomb(), "image/png")
+        elif name == "slow":
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.end_headers()
+            try:
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            except OSError:
+                pass
+        else:
+            self.send(jpeg())
+
+
+@pytest.fixture(scope="module")
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+LIMITS = fetch.Limits(seconds=1.0, megabytes=0.2, private=True)
+REASONS = {
+    "gone": "status 404",
+    "page": "text/html is no picture",
+    "loop": "more than 5 redirects",
+    "file": "file scheme",
+    "half": "cut short|IncompleteRead|ChunkedEncodingError|ConnectionError",
+    "broken": "damaged",
+    "huge": "more than 0.2 MB",
+    "bomb": "pixels",
+    "slow": "longer than 1 seconds",
+}
+
+
+def test_every_bad_address_has_its_reason_and_every_good_one_its_file(address, tmp_path):
+    names = ["good1", *REASONS, "moved", "good2"]
+    items = [(f"{address}/{name}.jpg", f"a caption, of {name}") for name in names]
+    table = fetch.fetch(items, tmp_path, len(items), limits=LIMITS, progress=False).set_index("number")
+    for number, name in enumerate(names):
+        row = table.loc[number]
+        if name in REASONS:
+            assert row["file"] == "" and pd.Series([row["reason"]]).str.contains(REASONS[name]).all(), row["reason"]
+        else:
+            assert row["reason"] == "" and (tmp_path / "images" / row["file"]).read_bytes() == jpeg()
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == sorted(table["file"][table["file"] != ""])
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "manifest.csv", keep_default_na=False).set_index("number"), table, check_dtype=False
+    )
+    some = sources.load(f"sbu:{tmp_path}")
+    assert [picture.captions[0] for picture in some] == ["a caption, of good1", "a caption, of moved", "a caption, of good2"]
+    assert some[0].open().size == (40, 30)
+
+
+def test_what_is_there_is_not_asked_again_and_enough_is_enough(address, tmp_path):
+    items = [(f"{address}/{'gone' if n % 3 == 1 else 'good'}{n}.jpg", "") for n in range(20)]
+    first = fetch.fetch(items, tmp_path, 3, limits=LIMITS, workers=4, progress=False)
+    assert (first["file"] != "").sum() == 3 and list(first["number"]) == list(range(len(first)))
+    Server.asked.clear()
+    lost = tmp_path / "images" / first["file"][0]
+    lost.write_bytes(b"bent")
+    (tmp_path / "manifest.jsonl").open("a").write('{"number": 19, "ur')  # as a stopped run leaves it
+    again = fetch.fetch(items, tmp_path, 5, limits=LIMITS, workers=1, progress=False)
+    assert (again["file"] != "").sum() == 5 and lost.read_bytes() == jpeg()
+    assert sorted(Server.asked) == sorted(["/good0.jpg", *(f"/{u.split('/')[-1]}" for u, _ in items[len(first) : len(again)])])
+
+
+def test_private_addresses_are_refused_unless_allowed(address, tmp_path):
+    table = fetch.fetch([(f"{address}/good.jpg", "")], tmp_path, 1, progress=False)
+    assert table["reason"].tolist() == ["the host is inside a private network"]
+    for url in ("http://localhost/x.jpg", "http://[::1]/x.jpg", "http://169.254.169.254/x", "http://10.0.0.8/x", "ftp://x.org/x"):
+        with pytest.raises(MmnError, match="private network|only http"):
+            fetch.check(url, fetch.Limits())
+
+
+def test_a_list_of_another_form_is_refused(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"image_urls": ["a"], "captions": ["x"], "user_ids": ["u"]}))
+    assert fetch.addresses(path) == [("a", "x")]
+    for text in ("[1, 2]", "{", json.dumps({"image_urls": ["a"], "captions": []})):
+        path.write_text(text)
+        with pytest.raises(MmnError, match="list"):
+            fetch.addresses(path)
+
+
+def test_the_split_is_the_one_of_the_releases_generator():
+    np.random.seed(2023)
+    order = np.random.permutation(1400)
+    parts = fetch.split(1400)
+    assert parts["train"] == order[:1000].tolist() and parts["valid"] == order[1000:1200].tolist()
+    assert sorted(parts["train"] + parts["valid"] + parts["test"]) == list(range(1400))
+
+
+def test_coco_gives_objects_captions_and_real_masks(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "val2017" / "7.jpg")
+    polygon = {"id": 1, "image_id": 7, "category_id": 18, "iscrowd": 0, "segmentation": [[2, 2, 12, 2, 12, 8, 2, 8]], "area": 60}
+    counts = [3, 5, 192]  # column by column: 3 pixels off, 5 on, the rest off
+    rle = {"id": 2, "image_id": 7, "category_id": 1, "iscrowd": 1, "segmentation": {"size": [10, 20], "counts": counts}, "area": 5}
+    image = {"id": 7, "file_name": "7.jpg", "width": 20, "height": 10}
+    cats = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(
+        json.dumps({"images": [image], "annotations": [polygon, rle], "categories": cats})
+    )
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(
+        json.dumps({"images": [image], "annotations": [{"id": 5, "image_id": 7, "caption": "A dog."}]})
+    )
+    (picture,) = sources.load(f"coco:{tmp_path}")
+    assert picture.objects == ("dog", "person") and picture.captions == ("A dog.",) and picture.open().size == (20, 10)
+    dog, person = picture.mask("dog"), picture.mask("person")
+    assert dog.shape == (10, 20) and dog[5, 7] and not dog[0, 0] and 50 <= dog.sum() <= 77
+    assert person.sum() == 5 and person[3:8, 0].all()
+    assert picture.mask("cat") is None
+    with pytest.raises(MmnError, match="instances_val2017"):
+        sources.load(f"coco:{tmp_path / 'val2017'}")
+
+
+def test_scenes_and_folders(tmp_path):
+    some = sources.load("", 3, seed=2)
+    assert [p.id for p in some] == ["scene-6", "scene-7", "scene-8"] and some[0].mask(some[0].objects[0]).any()
+    for name in ("b.png", "a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(jpeg())
+    assert [p.id for p in sources.load(str(tmp_path))] == ["a.jpg", "b.png"]
+    with pytest.raises(MmnError, match="manifest"):
+        sources.load(f"sbu:{tmp_path}")
