@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,15 @@ def start(profile: Path) -> webdriver.Chrome:
     return driver
 
 
-def barriers(driver: webdriver.Chrome, inside: str = "html", but: str = "") -> list[str]:
-    """What axe-core calls a serious or critical barrier in a part of the page: its rule, its reason, and where. Both parts are CSS
-    selectors: what to look at, and what in it to leave out."""
+def barriers(driver: webdriver.Chrome, inside: str = "html", but: str = "", rules: Sequence[str] = ()) -> list[str]:
+    """What axe-core calls a serious or critical barrier in a part of the page: its rule, its reason, and where.
+
+    inside, but: CSS selectors of what to look at, and of what in it to leave out. rules: the only ones to look for."""
     axe = Axe(driver)
     axe.inject()
     part = {"include": [[inside]], "exclude": [[but]] if but else []}
-    found = axe.run(json.dumps(part), {"resultTypes": ["violations"]})["violations"]
+    options = {"resultTypes": ["violations"]} | ({"runOnly": list(rules)} if rules else {})
+    found = axe.run(json.dumps(part), options)["violations"]
     return [
         f"{each['id']} ({each['impact']}): {each['help']}: {node['target']} {node['html'][:160]}"
         for each in found

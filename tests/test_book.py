@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
+from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urldefrag, urljoin
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from browser import barriers, need, start
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 PAGES = sorted(str(page.relative_to(HTML)) for page in HTML.rglob("*.html") if "_static" not in page.parts)
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-REQUIRED = bool(os.environ.get("MMN_REQUIRE_BROWSER"))
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -42,31 +39,8 @@ def site() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     """Headless chromium that reaches nothing outside of this machine."""
-    if not (PAGES and CHROMIUM and DRIVER):
-        lack = "the book is not built: make book" if CHROMIUM and DRIVER else "chromium and chromedriver are not installed"
-        if REQUIRED:
-            pytest.fail(f"The pages cannot be tested; {lack}.")
-        pytest.skip(f"The pages are not tested here; {lack}.")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("chromium")
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "disable-dev-shm-usage",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"user-data-dir={profile}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_page_load_timeout(120)
+    need("The book", "" if PAGES else "it is not built: make book")
+    driver = start(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
@@ -110,25 +84,49 @@ def test_page(browser: webdriver.Chrome, site: str, page: str) -> None:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.parametrize("page", PAGES or ["index.html"])
+def test_no_reader_is_shut_out(browser: webdriver.Chrome, site: str, page: str) -> None:
+    browser.set_window_size(1280, 900)
+    open_page(browser, site + page)
+    browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true; })")  # solutions too
+    still = "const style = document.createElement('style'); style.textContent = '* { transition: none !important }';"
+    browser.execute_script(f"{still} document.head.append(style)")  # colours on their way to others have no contrast
+    for theme, rules in (("light", ()), ("dark", ("color-contrast",))):
+        browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+        assert not barriers(browser, rules=rules), theme
+
+
 def test_no_formula_failed(browser: webdriver.Chrome, site: str) -> None:
     open_page(browser, site + "notebooks/00_tour.html")
     assert browser.execute_script("return document.querySelectorAll('mjx-container svg').length") >= 10
     assert not browser.execute_script("return document.querySelectorAll('[data-mjx-error], mjx-merror').length")
 
 
-def test_no_link_inside_the_book_is_broken(browser: webdriver.Chrome, site: str) -> None:
-    targets: dict[str, set[str]] = {}
-    links: set[tuple[str, str]] = set()
-    for page in PAGES:
-        open_page(browser, site + page)
-        targets[site + page] = set(browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)"))
-        hrefs = browser.execute_script("return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))")
-        links |= {(page, urljoin(browser.current_url, href)) for href in hrefs if not href.startswith(("javascript:", "mailto:"))}
-    for page, link in sorted(links):
-        address, anchor = urldefrag(link)
-        if not address.startswith(site):
-            continue
-        file = HTML / address.removeprefix(site)
-        assert file.exists(), f"{page} links to {link}, which is not there"
-        if anchor and address in targets:
-            assert anchor in targets[address], f"{page} links to {link}, whose place is not on that page"
+class Links(HTMLParser):
+    """The places that a page offers and the addresses that it links to."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.ids: set[str] = set()
+        self.hrefs: set[str] = set()
+        self.feed((HTML / page).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """One element of the page."""
+        values = dict(attrs)
+        self.ids |= {values["id"] or ""} if "id" in values else set()
+        self.hrefs |= {values["href"] or ""} if tag == "a" and "href" in values else set()
+
+
+def test_no_link_inside_the_book_is_broken() -> None:
+    pages = {page: Links(page) for page in PAGES}
+    for page, links in pages.items():
+        for href in sorted(links.hrefs):
+            address = urlsplit(urljoin(page, href))
+            if address.scheme or address.netloc:
+                continue
+            target = unquote(address.path)
+            assert (HTML / target).is_file(), f"{page} links to {href}, which is not there"
+            if address.fragment and target in pages:
+                there = unquote(address.fragment) in pages[target].ids
+                assert there, f"{page} links to {href}, whose place is not on that page"

@@ -47,9 +47,18 @@ def repository(app: Sphinx, config: Config) -> None:
         }
 
 
+def accessible(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Lists that are none to a screen reader: docutils' references, whose entries it does not count, and the parameters of a long
+    signature, which Sphinx sets as definitions without terms."""
+    if "body" in context:
+        body = context["body"].replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+        context["body"] = re.sub(r"<dl>(?=\s*<dd>)", '<dl role="presentation">', body)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     app.connect("config-inited", repository)
+    app.connect("html-page-context", accessible)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
