@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mmn.anatomy import FFN
 from mmn.contribution import through_norm
 from mmn.hooks import Removable, hooked
 from mmn.nouns import Noun
@@ -33,14 +34,28 @@ def streams(vlm: VLM, trace: Trace, step: int) -> tuple[Tensor, Tensor, Tensor]:
                 lambda _, args, kwargs: layers.append((args[0] if args else kwargs["hidden_states"])[0].float().cpu()),
                 with_kwargs=True,
             )
-            yield ffn.projection.register_forward_hook(
-                lambda _, __, out: ffns.append(out.reshape(-1, out.shape[-1])[-1].float().cpu())
-            )
+            yield _output(ffn, ffns)
         yield norm.register_forward_pre_hook(lambda _, args: layers.append(args[0][0].float().cpu()))
 
     with hooked(handles()):
         logits = vlm.model(**vlm.replay(trace, step), use_cache=False).logits[0, -1].float().cpu()
     return torch.stack(layers), torch.stack(ffns), logits
+
+
+def _output(ffn: FFN, kept: list[Tensor]) -> Removable:
+    """A hook that keeps what an FFN adds at the last position, `[hidden]`: its last map's output; of experts, which have no such map, the
+    sum of the writes."""
+    if type(ffn) is FFN:
+        return ffn.projection.register_forward_hook(
+            lambda _, __, out: kept.append(out.reshape(-1, out.shape[-1])[-1].float().cpu())
+        )
+
+    def add(activations: Tensor) -> None:
+        last = activations[0, -1].float()
+        used = last.nonzero()[:, 0]
+        kept.append((last[used] @ ffn.write(used.tolist()).to(last.device)).cpu())
+
+    return ffn.watch(add)
 
 
 @torch.no_grad()

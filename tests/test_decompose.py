@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from PIL import Image
+from test_edit_families import Family
 
 import mmn
 from mmn import decompose
@@ -60,3 +62,18 @@ def test_the_lens_ends_with_the_models_own_words() -> None:
     ids, p = decompose.likeliest(vlm, trace, 3, torch.arange(4, 9))
     assert torch.equal(ids, got.argmax(-1))
     torch.testing.assert_close(p, got.exp().amax(-1))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen3_5_moe", "llama4"])
+def test_ffns_parts_are_the_sums_of_scores_in_other_families(family: str) -> None:
+    """Also behind norms of their own, and where routed experts and shared ones stand side by side."""
+    vlm = Family(family)
+    vlm.given.pop("position_ids", None)  # the model counts itself
+    trace = vlm.caption(Image.new("RGB", (8, 8)), prompt="", prefix="", max_new_tokens=4)
+    noun = Noun("x", "x", int(trace.tokens[2]), 2, (0, 1))
+    parts = decompose.decompose(vlm, trace, noun)
+    with torch.no_grad():
+        logit = vlm.model(**vlm.replay(trace, 2), use_cache=False).logits[0, -1, noun.token]
+    assert parts["logit"].sum() == pytest.approx(float(logit), abs=1e-3)
+    scores = [float(layer.sum()) for layer in mmn.contributions(vlm, trace, noun, "norm_aware")]
+    assert parts.loc[parts["part"] == "FFN", "logit"].tolist() == pytest.approx(scores, abs=1e-3)
