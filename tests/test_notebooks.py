@@ -127,3 +127,14 @@ def test_a_picture_that_is_none_stops_the_tour_with_a_sentence(tmp_path: Path) -
             kernel_name="python3",
         )
     assert stopped.value.ename == "MmnError"
+
+
+@each_chapter
+def test_a_sentence_stands_before_every_figure(chapter: Path) -> None:
+    said = ""
+    for cell in nbformat.read(chapter, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            said += " ".join(line for line in cell.source.splitlines() if not line.startswith("#"))
+        elif any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+            assert len(said.split()) >= 8, f"nothing says what to see in the figure of\n{cell.source}"
+            said = ""
