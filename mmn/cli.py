@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("mmn.evaluate", "measure a model on fresh scenes, with chance levels and random controls"),
     "tables": ("mmn.tables", "make the slow tables that the chapters show, or check a sample of them"),
     "edit": ("mmn.edit_command", "fit an edit, show it, caption with it, or merge it into a checkpoint"),
-    "bench": ("mmn.bench", "time what recording and ranking cost"),
+    "bench": ("mmn.bench", "time recording and ranking, and ways to score neurons at the shapes of large models"),
     "atlas": ("mmn.atlas", "every neuron on one page: its words, its pictures, its concept"),
     "fetch": ("mmn.fetch", "fetch the pictures of SBU Captions"),
     "throughput": ("mmn.throughput", "pictures a second in batches, beside plain generation"),
