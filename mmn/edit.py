@@ -237,13 +237,17 @@ class Edit:
         said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=False)
         batches = lesson(vlm, said, kept, source, target, batch_size)
         groups = by_layer(neurons)
-        with torch.no_grad(), Moments(vlm, groups) as moments:
-            for batch in batches:
-                moments.weigh(batch)
-                batch.before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
-        if basis is None:
+        for batch in batches:
+            batch.begin(vlm, min(groups))
+            batch.remember(vlm)
+        if basis is None and protect is not None:
+            with torch.no_grad(), Moments(vlm, groups) as moments:
+                for batch in batches:
+                    moments.weigh(batch)
+                    batch.logits(vlm)
+            basis = {layer: moments.whitened(layer, protect) for layer in groups}
+        elif basis is None:
             basis = {layer: torch.eye(len(group)) for layer, group in groups.items()}
-            basis = {layer: moments.whitened(layer, protect) for layer in groups} if protect is not None else basis
         basis = {layer: each.to(vlm.anatomy.device, torch.float32) for layer, each in basis.items()}
         free = {layer: torch.zeros(each.shape[1], vlm.hidden, device=each.device) for layer, each in basis.items()}
         adam = torch.optim.Adam([each.requires_grad_() for each in free.values()], lr=rate)

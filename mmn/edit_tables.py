@@ -6,10 +6,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pandas as pd
 
 from mmn import editors, hallucination, scenes
+from mmn.anatomy import Neuron
 from mmn.edit import Edit, located
 from mmn.errors import MmnError
 from mmn.intervene import same_layer_random
@@ -25,9 +28,15 @@ PAIRS = (
     ("cat", "car"), ("elephant", "guitar"), ("carrot", "umbrella"), ("airplane", "pizza"), ("banana", "clock"), ("horse", "tree"),
     ("pineapple", "dog"), ("cactus", "violin"), ("hot dog", "candle"), ("bird", "traffic light"),
 )  # fmt: skip
-SCENES = 100
-SIZES = (0.5, 1.0, 2.0, 4.0)  # norms of the curve, in units of the unbounded edit's
+SCENES = (
+    72  # that show the source; half as many do not, and a third has another object in its place: over a hundred fresh ones a pair
+)
+FEW = 24  # the same, where many settings are compared
+SIZES = (0.25, 0.5, 1.0, 2.0)  # norms of the curve, in units of what the found rows take
 KS = (5, 20, 100)
+PENALTIES = (1.0, 100.0)  # beside 10
+CURVE: dict[str, Any] = {"steps": 15, "rate": 0.02, "enough": 1.1}
+SOME = (0, 4, 8, 12, 16, 19)  # pairs on which everything is tried
 
 
 def kinds(vlm: VLM, source: str, target: str) -> Row:
@@ -60,45 +69,69 @@ COLUMNS = {
 }
 
 
-@table("editing", keys=range(len(PAIRS)), columns=COLUMNS)
-def editing(vlm: VLM, key: int) -> list[Row]:
-    """One pair: every way, judged on `SCENES` fresh scenes that show the source and as many that do not. Seconds are not kept: no
-    machine repeats them."""
+def _judged(
+    vlm: VLM, key: int, count: int, ways: Callable[[VLM, editors.Task], Iterator[editors.Way]], size: int = 24
+) -> list[Row]:
+    """One pair: some ways, judged on `count` fresh scenes that show the source. Seconds are not kept: no machine repeats them."""
     source, target = PAIRS[key]
-    job = editors.task(source, target, seed=key)
-    judge = editors.Judge(vlm, job, SCENES)
+    job = editors.task(source, target, fit=size, keep=size, seed=key)
+    judge = editors.Judge(vlm, job, count)
     about = kinds(vlm, source, target)
     return [
         {**about, "way": way.name, "rows": way.rows, "norm": way.norm, "passes": way.passes, **judge.of(way)}
-        for way in editors.ways(vlm, job)
+        for way in ways(vlm, job)
     ]
+
+
+@table("editing", keys=range(len(PAIRS)), columns=COLUMNS)
+def editing(vlm: VLM, key: int) -> list[Row]:
+    """All pairs: the gradient edit and the better one on found rows, and on same-layer random rows of no greater norm."""
+    return _judged(vlm, key, SCENES, editors.main_ways)
+
+
+@table("editing_ways", keys=SOME, columns=COLUMNS)
+def ways(vlm: VLM, key: int) -> list[Row]:
+    """Some pairs: every way of the comparison."""
+    return _judged(vlm, key, FEW, editors.other_ways, 12)
 
 
 @table(
     "editing_curve",
-    keys=range(0, len(PAIRS), 3),
+    keys=SOME[:4],
     columns={name: text for name, text in COLUMNS.items() if name != "way"}
-    | {"chosen": "how the rows were chosen", "k": "how many", "penalty": "weight of what is to stay"},
-)
+    | {"chosen": "how the rows were chosen", "k": "how many", "layer": "the layer they are of; empty: any", "size": "bound on the norm, in "
+       "units of what the found rows take; empty: none", "penalty": "weight of what is to stay"},
+)  # fmt: skip
 def curve(vlm: VLM, key: int) -> list[Row]:
-    """Reliability against locality: found and same-layer random rows, over their number, the weight of what is to stay, and the size
-    of the change (a bound, in units of what the found rows take)."""
+    """Reliability against locality: found and same-layer random rows over the size of the change, the weight of what is to stay, and how
+    many rows there are; then the best rows of each layer alone."""
     source, target = PAIRS[key]
     job = editors.task(source, target, fit=12, keep=12, seed=key)
-    judge = editors.Judge(vlm, job, SCENES // 3)
+    judge = editors.Judge(vlm, job, FEW)
     about = kinds(vlm, source, target)
     traces = vlm.caption(job.pictures, batch_size=32)
-    rows: list[Row] = []
+    order = located(vlm, traces, source, vlm.anatomy.total)
+    found = order[:20]
+    full = editors.gradient(vlm, job, found, **CURVE).norm
+    tries: list[tuple[str, int, list[Neuron], dict[str, Any]]] = []
     for k in KS:
-        found = located(vlm, traces, source, k)
-        random = same_layer_random(vlm, found, draws=1, seed=key)[0]
-        size = editors.gradient(vlm, job, found).norm
-        settings = [(1.0, size * factor) for factor in SIZES] + [(penalty, None) for penalty in (0.1, 10.0)]
-        for chosen, neurons in (("found", found), ("random", random)):
-            for penalty, bound in settings if k == 20 else settings[1:2]:
-                way = editors.gradient(vlm, job, neurons, weights=(0.0, penalty, 10.0), bound=bound, steps=25, rate=0.02)
-                about_way = {"chosen": chosen, "k": k, "penalty": penalty, "rows": way.rows, "norm": way.norm, "passes": way.passes}
-                rows.append({**about, **about_way, **judge.of(way)})
+        random = same_layer_random(vlm, order[:k], draws=1, seed=key)[0]
+        settings: list[dict[str, Any]] = [{}]
+        if k == 20:
+            settings = [*({"size": size} for size in SIZES), *({"penalty": penalty} for penalty in PENALTIES)]
+        tries += [(name, k, rows, each) for name, rows in (("found", order[:k]), ("random", random)) for each in settings]
+    for layer in range(len(vlm.anatomy.ffns)):
+        best = [neuron for neuron in order if neuron.layer == layer][:20]
+        tries += [("found", 20, best, {"layer": layer, "steps": 12, "rate": 0.03})] if best else []
+    rows: list[Row] = []
+    for chosen, k, neurons, each in tries:
+        size, penalty, layer = each.get("size"), each.get("penalty", 10.0), each.get("layer")
+        given = CURVE | {name: each[name] for name in ("steps", "rate") if name in each}
+        way = editors.gradient(
+            vlm, job, neurons, bound=None if size is None else size * full, weights=(0.0, penalty, 10.0), **given
+        )
+        tried = {"chosen": chosen, "k": k, "layer": layer, "size": size, "penalty": penalty}
+        rows.append({**about, **tried, "rows": way.rows, "norm": way.norm, "passes": way.passes, **judge.of(way)})
     return rows
 
 
@@ -140,13 +173,6 @@ def said_in(vlm: VLM, first: int, count: int) -> pd.DataFrame:
     return hallucination.evidence(vlm, said, voices(vlm), encoder)
 
 
-@functools.cache
-def thresholds(vlm: VLM) -> dict[str, float]:
-    """For each partner the gate's threshold, chosen on the other pairs, on scenes of their own."""
-    table = said_in(vlm, 10**8, 32)
-    return {partner: hallucination.threshold(table, partner) for partner in scenes.PLANTED.values()}
-
-
 @table(
     "hallucination_mentions",
     keys=range(CHUNKS),
@@ -186,11 +212,9 @@ def mitigation(vlm: VLM, key: int) -> list[Row]:
     edit = suppression(vlm)
     if edit is not None:
         captioners["edit"] = hallucination.under(vlm, lambda: edit.applied(vlm))
-    captioners["gate"] = hallucination.gate(vlm, voices(vlm), thresholds(vlm))
-    captioners["gate, silencing"] = hallucination.gate(vlm, voices(vlm), thresholds(vlm), silent=True)
-    for amount in (2.0, 4.0, 8.0):
-        bias = hallucination.penalised(vlm, list(scenes.PLANTED.values()), amount)
-        captioners[f"logit bias {amount:g}"] = hallucination.under(vlm, bias)
+    captioners["gate"] = hallucination.gate(vlm, voices(vlm))
+    bias = hallucination.penalised(vlm, list(scenes.PLANTED.values()), 4.0)
+    captioners["logit bias"] = hallucination.under(vlm, bias)
     frames = {name: hallucination.chair(captioner, sets) for name, captioner in captioners.items()}
     with hallucination.contrasted(vlm) as contrastive:
         frames["contrastive decoding"] = hallucination.chair(contrastive, sets)

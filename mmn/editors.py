@@ -199,9 +199,8 @@ def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3
         raise MmnError("This model's projections are no plain linear maps, so peft cannot adapt them: leave LoRA out.")
     said, kept = captions(vlm, job.pictures, job.source, job.others, (), PROMPT, "An image of", 50, record=False)
     batches = lesson(vlm, said, kept, job.source, job.target, 32)
-    with torch.no_grad():
-        for batch in batches:
-            batch.before = [logits.log_softmax(-1) for logits in batch.logits(vlm)]
+    for batch in batches:
+        batch.remember(vlm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(places.values()), bias="none")
@@ -343,29 +342,39 @@ def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list
     return [neuron for neuron in located(vlm, traces, other, 3 * k) if neuron not in set(own)][:k]
 
 
-def ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
+def main_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
+    """The gradient edit and the better one on the rows found, and on same-layer random rows of no greater norm."""
+    found = located(vlm, vlm.caption(job.pictures, batch_size=32), job.source, k)
+    random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
+    first = gradient(vlm, job, found)
+    yield first
+    yield gradient(vlm, job, random, "gradient, random rows", bound=first.norm, steps=20)
+    second = better(vlm, job, found)
+    yield second
+    yield better(vlm, job, random, "better, random rows", bound=second.norm)
+
+
+def other_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
     """Every way of the comparison, one after the other: what each is, the tables of the chapter say."""
     traces = vlm.caption(job.pictures, batch_size=32)
     found = located(vlm, traces, job.source, k)
     first = gradient(vlm, job, found)
     yield first
+    yield better(vlm, job, found)
     yield closed_form(vlm, job, found)
     random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
-    yield gradient(vlm, job, random, "gradient, random rows")
     yield closed_form(vlm, job, random, "closed form, random rows")
-    yield gradient(vlm, job, of_other_concept(vlm, job, k, found), "gradient, other concept's")
-    yield gradient(vlm, job, by_gradient(vlm, traces, job.source, k), "gradient, by gradient score")
-    yield gradient(vlm, job, by_oracle(vlm, traces, job.source, k), "gradient, by causal oracle")
+    yield gradient(vlm, job, random, "gradient, random rows", steps=20)
+    yield gradient(vlm, job, of_other_concept(vlm, job, k, found), "gradient, other concept's", steps=20)
+    yield gradient(vlm, job, by_gradient(vlm, traces, job.source, k), "gradient, by gradient score", steps=20)
+    yield gradient(vlm, job, by_oracle(vlm, traces, job.source, k, candidates=64, most=1), "gradient, by causal oracle", steps=20)
     layer = max(by_layer(found).items(), key=lambda group: len(group[1]))[0]
-    yield fine_tuned(vlm, job, layer)
-    yield fine_tuned(vlm, job, layer, bound=first.norm)
-    yield rank_one(vlm, job, layer)
-    yield lora(vlm, job)
+    yield fine_tuned(vlm, job, layer, steps=20)
+    yield fine_tuned(vlm, job, layer, bound=first.norm, steps=20)
+    yield rank_one(vlm, job, layer, steps=20)
+    yield lora(vlm, job, steps=15, rate=1e-2)
     yield logit_bias(vlm, job)
     yield banned(vlm, job)
-    more = located(vlm, traces, job.source, BETTER_K)
-    yield better(vlm, job, more)
-    yield better(vlm, job, same_layer_random(vlm, more, draws=1, seed=job.seed)[0], "better, random rows")
 
 
 # -------------------------------------------------------------------------------------------------------------------- judging
@@ -377,6 +386,7 @@ MEASURES = {
     "held_out": "the same in the style that the model itself never saw",
     "rephrased": "the same on fresh scenes asked in other words than any fit",
     "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
+    "rest_unedited": "control of `rest`: share of them that the unedited model goes on with as before once the target is in its mouth",
     "image_top1": "pictures without the source: share of steps whose likeliest token stays, the unedited caption being read",
     "image_top10": "the same, with the ten likeliest tokens in order",
     "captions_kept": "pictures without the source: share of captions that stay to the letter",
@@ -386,12 +396,17 @@ MEASURES = {
     "by_text": "text alone: share of questions about the source whose answer changes",
     "by_image": "image alone: share of swaps where the picture comes without a request",
 }
+FRESH = ("reliability", "new_style", "held_out", "rephrased")  # pictures that show the source, not fitted on
+SWAPS = ("fitted", *FRESH, "by_image")
 
 
 class Judge:
     """Measures of a swap on scenes, styles and prompts that no fit has seen; what the unedited model says is asked once.
 
-    scenes: fresh scenes that show the source, over the styles; as many that do not."""
+    count: fresh scenes that show the source, over the styles; half as many that do not.
+
+    Captions are *read* before they are generated: where each token of the wanted caption is the likeliest after those before it, greedy
+    decoding says just that caption. Only the others are generated."""
 
     def __init__(self, vlm: VLM, job: Task, count: int = 100):
         self.vlm, self.job = vlm, job
@@ -403,63 +418,86 @@ class Judge:
         }
         if job.source in scenes.sprites(HELD_OUT_STYLE):
             named["held_out"] = showing(job.source, third, first + 2 * 10**4, (HELD_OUT_STYLE,))
-        self.elsewhere = [s.image for s in without((job.source, job.target), count, first + 3 * 10**4, (*FIT_STYLES, *NEW_STYLES))]
-        self.pairs = [_swapped(scene, job) for scene in named["new_style"]]
+        elsewhere = without((job.source, job.target), -(-count // 2), first + 3 * 10**4, (*FIT_STYLES, *NEW_STYLES))
         pictures = {name: [scene.image for scene in some] for name, some in named.items()}
         ways = [HELD_OUT_PARAPHRASES[n % len(HELD_OUT_PARAPHRASES)] for n in range(len(pictures["new_style"]))]
+        questions = [q.text for q in scenes.facts() if f" {job.source}" in q.text.rstrip("?")]
+        texts = [text for text in facts((job.source, job.target), count + 60, job.seed) if text not in job.texts][: count // 2]
         self.asked: dict[str, tuple[list[Any], Any]] = {
             "fitted": (job.pictures, PROMPT),
             **{name: (some, PROMPT) for name, some in pictures.items()},
             "rephrased": (pictures["new_style"], ways),
-            "captions_kept": (self.elsewhere, PROMPT),
-            "other_image": (self.pairs, PROMPT),
+            "captions_kept": ([scene.image for scene in elsewhere], PROMPT),
+            "other_image": ([_swapped(scene, job) for scene in named["new_style"]], PROMPT),
             "by_image": (pictures["reliability"], ""),
+            "by_text": ([None] * len(questions), questions),
+            "text": ([None] * len(texts), texts),
         }
-        self.questions = [q.text for q in scenes.facts() if f" {job.source}" in q.text.rstrip("?")]
-        texts = facts((job.source, job.target), count + 60, job.seed)
-        self.texts = [text for text in texts if text not in job.texts][: count // 2]
-        self.before = self._captions()
-        self.answers = vlm.caption([None] * len(self.questions), self.questions, "", 12, record=False)
-        rows = [Row.of(vlm, trace, trace.text) for trace in self.before["captions_kept"]]
-        asked = vlm.caption([None] * len(self.texts), self.texts, "", 20, batch_size=32, record=False)
-        self.forced = {"image": _batches(vlm, rows), "text": _batches(vlm, [Row.of(vlm, trace, trace.text) for trace in asked])}
-        self.tops = {name: self._tops(batches) for name, batches in self.forced.items()}
+        self.before = {name: self._say(*asked) for name, asked in self.asked.items()}
+        rows = {name: [self._row(name, trace) for trace in some] for name, some in self.before.items()}
+        self.rows = {name: [row for row in some if row is not None] for name, some in rows.items()}
+        ordered = sorted(sum(self.rows.values(), []), key=lambda row: (row.trace.image is None, len(row.answer)))
+        pictured = sum(row.trace.image is not None for row in ordered)
+        self.batches = _batches(vlm, ordered[:pictured]) + _batches(vlm, ordered[pictured:])
+        self.tops = self._tops()
 
-    def _captions(self) -> dict[str, list[Trace]]:
-        images = [image for some, _ in self.asked.values() for image in some]
-        prompts = [p for some, asked in self.asked.values() for p in ([asked] * len(some) if isinstance(asked, str) else asked)]
-        traces = iter(self.vlm.caption(images, prompts, batch_size=32, record=False))
-        return {name: [next(traces) for _ in some] for name, (some, _) in self.asked.items()}
+    def _say(self, images: list[Any], prompts: Any) -> list[Trace]:
+        asked = {"prefix": ""} if images[0] is None else {}
+        return self.vlm.caption(images, prompts, **asked, max_new_tokens=20, batch_size=32, record=False)
+
+    def _row(self, name: str, trace: Trace) -> Row | None:
+        """What is to be said in a trace's place; None where the source was not said, so that there is nothing to replace."""
+        if name not in SWAPS:
+            return Row.of(self.vlm, trace, trace.text)
+        return Row.of(self.vlm, trace, replaced(trace, self.job.source, self.job.target)) if says(trace, self.job.source) else None
 
     @torch.no_grad()
-    def _tops(self, batches: list[Batch]) -> list[Tensor]:
-        return [logits.topk(10).indices for batch in batches for logits in batch.logits(self.vlm)]
+    def _tops(self) -> dict[int, Tensor]:
+        """The ten likeliest tokens at each step of each row, by the row's id, `[answer + 1, 10]`."""
+        read = ((batch.rows, batch.logits(self.vlm)) for batch in self.batches)
+        return {id(row): logits.topk(10).indices.cpu() for rows, some in read for row, logits in zip(rows, some, strict=True)}
+
+    def _texts(self, name: str, tops: dict[int, Tensor]) -> list[str]:
+        """What is now said in each row's place: its own text where that is what greedy decoding gives."""
+        rows, end = self.rows[name], self.vlm.end_token
+        texts = [row.text if tops and tops[id(row)][:, 0].tolist() == [*row.answer, end] else None for row in rows]
+        open_ = [row.trace for row, text in zip(rows, texts, strict=True) if text is None]
+        said = iter(self._say([t.image for t in open_], [t.prompt for t in open_]) if open_ else [])
+        return [next(said).text if text is None else text for text in texts]
 
     def of(self, way: Way) -> dict[str, float]:
-        """The figures of `MEASURES` for one way, each a share between 0 and 1."""
+        """The figures of `MEASURES` for one way, each a share between 0 and 1; nan where no caption could show it."""
         job = self.job
+        if way.edit is not None:
+            for batch in self.batches:
+                batch.begin(self.vlm, min(by_layer(way.edit.neurons)))
         with way.on():
-            after = self._captions()
-            answers = self.vlm.caption([None] * len(self.questions), self.questions, "", 12, record=False)
-            tops = {name: self._tops(batches) for name, batches in self.forced.items()}
-        figures: dict[str, float] = {}
-        rest: list[bool] = []
-        for name in ("fitted", "reliability", "new_style", "held_out", "rephrased", "by_image"):
-            pairs = [
-                (old, now) for old, now in zip(self.before.get(name, []), after.get(name, []), strict=True) if says(old, job.source)
-            ]
-            figures[name] = _share(says(now, job.target) and not says(now, job.source) for _, now in pairs)
-            if name not in ("fitted", "by_image"):
-                rest += [now.text == replaced(old, job.source, job.target) for old, now in pairs]
-        figures["rest"] = _share(rest)
-        for name in ("captions_kept", "other_image"):
-            figures[name] = _share(old.text == now.text for old, now in zip(self.before[name], after[name], strict=True))
-        for name, old_tops in self.tops.items():
-            both = list(zip(old_tops, tops[name], strict=True))
-            figures[f"{name}_top1"] = float(np.mean([(old[:, 0] == now[:, 0]).float().mean() for old, now in both]))
-            figures[f"{name}_top10"] = float(np.mean([(old == now).all(-1).float().mean() for old, now in both]))
-        figures["by_text"] = _share(old.text != now.text for old, now in zip(self.answers, answers, strict=True))
+            tops = self._tops()
+            # Settings of decoding leave no trace in the logits, so that what is said under them has to be generated.
+            texts = {name: self._texts(name, tops if way.edit else {}) for name in self.rows if name != "text"}
+        swapped = {
+            name: [job.target in said and job.source not in said for said in map(scenes.mentions, texts[name])]
+            for name in SWAPS
+            if name in texts
+        }
+        same = {name: [row.text == text for row, text in zip(self.rows[name], texts[name], strict=True)] for name in texts}
+        figures = {name: _share(swapped.get(name, [])) for name in SWAPS}
+        figures["rest"] = _share(sum((same.get(name, []) for name in FRESH), []))
+        fresh = [row for name in FRESH for row in self.rows.get(name, [])]
+        figures["rest_unedited"] = _share(_goes_on(row, self.tops[id(row)][:, 0].tolist(), self.vlm.end_token) for row in fresh)
+        figures |= {name: _share(same[name]) for name in ("captions_kept", "other_image")}
+        figures["by_text"] = 1 - _share(same["by_text"])
+        for kind, name in (("image", "captions_kept"), ("text", "text")):
+            pairs = [(self.tops[id(row)], tops[id(row)]) for row in self.rows[name]]
+            figures[f"{kind}_top1"] = float(np.mean([(old[:, 0] == now[:, 0]).float().mean() for old, now in pairs]))
+            figures[f"{kind}_top10"] = float(np.mean([(old == now).all(-1).float().mean() for old, now in pairs]))
         return {name: figures[name] for name in MEASURES}
+
+
+def _goes_on(row: Row, likeliest: list[int], end: int) -> bool:
+    """Whether all that a row's caption keeps is what is likeliest."""
+    wanted = [*row.answer, end]
+    return all(likeliest[place] == wanted[place] for place in row.stay)
 
 
 def _swapped(scene: Scene, job: Task) -> Any:

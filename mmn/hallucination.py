@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from mmn import metrics, scenes
 from mmn.anatomy import Neuron, by_layer
 from mmn.edit import Edit, located
-from mmn.editors import decoding, forms
+from mmn.editors import biased, decoding, forms
 from mmn.errors import MmnError
 from mmn.hooks import hooked
 from mmn.intervene import zero
-from mmn.lesson import says
+from mmn.lesson import removed, says
 from mmn.metrics import Interval
 from mmn.nouns import Noun
 from mmn.properties import OwnEncoder
@@ -169,22 +169,27 @@ class Voice:
     with the activations at that patch; the loudest patch counts, in standard deviations of what calibration pictures give.
 
     noun: the concept. token: its first token. neurons: of the highest mean score over true mentions. mean, deviation: of the loudest
-    patch on calibration pictures."""
+    patch on calibration pictures. level: midway between what pictures of the noun and calibration pictures give in the mean; nothing
+    that was ever hallucinated goes into it."""
 
     noun: str
     token: int
     neurons: list[Neuron]
     mean: float = 0.0
     deviation: float = 1.0
+    level: float = 0.0
 
     @classmethod
     def of(cls, vlm: VLM, noun: str, pictures: Sequence[Image.Image], calibration: Sequence[Image.Image], k: int = 50) -> Voice:
-        """From pictures whose captions name the noun, and calibration pictures of anything. Raises MmnError if no caption does."""
+        """From pictures that show the noun, and calibration pictures of anything. Raises MmnError if no caption names the noun."""
         traces = vlm.caption(list(pictures), batch_size=BATCH)
         neurons = located(vlm, traces, noun, k)
         token = next(trace for trace in traces if says(trace, noun)).noun(noun).token
-        loud = cls(noun, token, neurons).loudest(vlm, calibration)
-        return cls(noun, token, neurons, float(loud.mean()), max(float(loud.std()), 1e-6))
+        raw = cls(noun, token, neurons)
+        loud = raw.loudest(vlm, calibration)
+        mean, deviation = float(loud.mean()), max(float(loud.std()), 1e-6)
+        shown = (float(raw.loudest(vlm, pictures).mean()) - mean) / deviation
+        return cls(noun, token, neurons, mean, deviation, shown / 2)
 
     @torch.no_grad()
     def patches(self, vlm: VLM, images: Sequence[Image.Image]) -> Tensor:
@@ -282,29 +287,46 @@ def threshold(table: pd.DataFrame, held_out: str, detector: str = "neurons") -> 
 # ------------------------------------------------------------------------------------------------------------------ mitigation
 
 
-def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float], silent: bool = False) -> Captioner:
-    """Caption; where a noun is said that the picture's patches do not say loudly enough, caption that picture again without it: its
-    neurons silenced (`silent`), or else its word banned for this picture."""
+def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float] | None = None, silent: bool = False) -> Captioner:
+    """Caption; where a noun is said that the picture's patches do not say loudly enough, take the mention back: the noun goes with its
+    article and the word that joins it, all else stays. A caption that says nothing else is made again, the first tokens of the doubtful
+    nouns barred, or (`silent`) their neurons silenced. thresholds: by noun; None takes each voice's own `level`."""
+    levels = thresholds if thresholds is not None else {noun: voice.level for noun, voice in voices.items()}
 
     def captions(images: Sequence[Image.Image]) -> list[str]:
         traces = vlm.caption(list(images), batch_size=BATCH, record=False)
-        texts = [trace.text for trace in traces]
+        doubts: dict[int, list[str]] = {}
         for noun, voice in voices.items():
             places = [place for place, trace in enumerate(traces) if says(trace, noun)]
-            if not places:
-                continue
-            loud = voice.loudest(vlm, [images[place] for place in places])
-            doubtful = [place for place, value in zip(places, loud.tolist(), strict=True) if value <= thresholds[noun]]
-            if not doubtful:
-                continue
-            block = zero(vlm, voice.neurons) if silent else decoding(vlm, bad_words_ids=forms(vlm, noun))
-            with block:
-                again = vlm.caption([images[place] for place in doubtful], batch_size=BATCH, record=False)
-            for place, trace in zip(doubtful, again, strict=True):
-                texts[place] = trace.text
+            loud = voice.loudest(vlm, [images[place] for place in places]).tolist() if places else []
+            for place, value in zip(places, loud, strict=True):
+                if value <= levels[noun]:
+                    doubts.setdefault(place, []).append(noun)
+        texts = [trace.text for trace in traces]
+        for place, nouns in doubts.items():
+            texts[place] = _without(traces[place], nouns) or _again(vlm, images[place], [voices[noun] for noun in nouns], silent)
         return texts
 
     return captions
+
+
+def _without(trace: Trace, nouns: Sequence[str]) -> str:
+    """A trace's text without its mentions of some nouns; empty where it names nothing else."""
+    text = ""
+    try:
+        for noun in nouns:
+            text = removed(trace, noun, text)
+    except MmnError:
+        return ""
+    return text
+
+
+def _again(vlm: VLM, image: Image.Image, doubtful: Sequence[Voice], silent: bool) -> str:
+    """What is said of a picture without the nouns."""
+    neurons = [neuron for voice in doubtful for neuron in voice.neurons]
+    block = zero(vlm, neurons) if silent else penalised(vlm, [voice.noun for voice in doubtful], 1e4)()
+    with block:
+        return vlm.caption(image, record=False).text
 
 
 def suppressed(vlm: VLM, pair: tuple[str, str], k: int = 50, count: int = 16, first: int = 3 * 10**7, **settings: Any) -> Edit:
@@ -356,8 +378,6 @@ def contrasted(vlm: VLM, strength: float = 1.0, cut: float = 0.1, noise: int = 1
 
 def penalised(vlm: VLM, nouns: Sequence[str], amount: float) -> Callable[[], AbstractContextManager[None]]:
     """A logit bias: `amount` off the first token of every form of some nouns, at every step. Needs no finding, and knows no picture."""
-    from mmn.editors import biased
-
     bias = torch.zeros(vlm.anatomy.unembedding.out_features)
     bias[[ids[0] for noun in nouns for ids in forms(vlm, noun)]] = -amount
     return functools.partial(biased, vlm, bias)

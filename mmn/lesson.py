@@ -6,7 +6,8 @@ import difflib
 import inspect
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,11 +66,10 @@ _LINK = r"(?:,|\s+(?:and|with|next to|near|beside|above|below|over|under|to the 
 _BEFORE = re.compile(rf"({_LINK})?\b(?:an?|the|two|three|four|some|several)\s+$", re.IGNORECASE)
 
 
-def removed(trace: Trace, noun: str) -> str:
-    """A trace's text without its mentions of a noun: each goes with its article and the word that joins it to another noun.
-
-    Raises MmnError if the text does not say the noun, or says nothing else."""
-    lemma, text = trace.noun(noun).lemma, trace.text
+def removed(trace: Trace, noun: str, text: str = "") -> str:
+    """A trace's text (or what is already left of it) without its mentions of a noun: each goes with its article and the word that joins it
+    to another noun. Raises MmnError if the trace does not say the noun, or says nothing else."""
+    lemma, text = trace.noun(noun).lemma, text or trace.text
     spans = [span for _, found, span in trace.lexicon(text) if found == lemma and span[0] >= len(trace.prefix)]
     for first, last in reversed(spans):
         before = _BEFORE.search(text[:first])
@@ -108,7 +108,8 @@ class Row:
     """One caption to teach or to keep. text: what is read. answer: the answer's token ids after the prompt. new: places in `answer`
     (its end included) where the model shall learn something else, wanted: the token it shall say there. after: for each place right
     behind a run of new tokens, that run's tokens, which shall not come again (unless one does by right). stay: the other places.
-    swaps: steps of the trace and the tokens that come in their place."""
+    swaps: steps of the trace and the tokens that come in their place. was: for places that stay, where they were in the trace's own
+    caption."""
 
     trace: Trace
     text: str
@@ -118,6 +119,7 @@ class Row:
     after: dict[int, list[int]]
     stay: list[int]
     swaps: list[tuple[int, int]]
+    was: dict[int, int]
 
     @classmethod
     def of(cls, vlm: VLM, trace: Trace, text: str) -> Row:
@@ -131,6 +133,7 @@ class Row:
         new: list[int] = []
         after: dict[int, list[int]] = {}
         swaps: list[tuple[int, int]] = []
+        was = {len(answer): len(own)}
         if changed:
             for kind, begin, _, first, last in difflib.SequenceMatcher(a=own, b=answer, autojunk=False).get_opcodes():
                 if kind in ("replace", "insert"):
@@ -138,13 +141,15 @@ class Row:
                     after[last] = [token for token in answer[first:last] if token != _at(answer, last)]
                 elif kind == "delete":  # what follows, or the end, comes at once
                     new.append(first)
+                else:
+                    was |= dict(zip(range(first, last), range(begin, begin + last - first), strict=True))
                 if kind == "replace" and begin >= len(prompt) - start:
                     swaps.append((begin - (len(prompt) - start), answer[first]))
             new = list(dict.fromkeys(new))
         wanted = [answer[place] if place < len(answer) else vlm.end_token for place in new]
         # The place behind the last token counts too: there the caption ends, or would go on.
         stay = [place for place in range(len(answer) + 1) if place not in new]
-        return cls(trace, text, answer, new, wanted, after, stay, swaps)
+        return cls(trace, text, answer, new, wanted, after, stay, swaps, {place: was[place] for place in stay if place in was})
 
 
 def _at(answer: list[int], place: int) -> int | None:
@@ -162,11 +167,68 @@ class Batch:
         takes = inspect.signature(vlm.model.forward).parameters
         self.options = {"logits_to_keep": self.longest} if "logits_to_keep" in takes else {}
         self.before: list[Tensor] = []  # log probabilities of the unedited model
+        self.begun: tuple[int, Any] | None = None  # a layer, and what the one before it gives
 
     def logits(self, vlm: VLM) -> list[Tensor]:
         """For each row the logits that predict its answer's tokens and what follows, float32 `[answer + 1, vocabulary]`."""
-        out = vlm.model(**self.inputs, **self.options, use_cache=False).logits
+        with self._skipping(vlm) as inputs:
+            out = vlm.model(**inputs, **self.options, use_cache=False).logits
         return [out[index, out.shape[1] - len(row.answer) - 1 :].float() for index, row in enumerate(self.rows)]
+
+    @torch.no_grad()
+    def remember(self, vlm: VLM) -> None:
+        """Keep what the model, unedited as it must be now, says: `before`. What follows a new word shall be as it was after the old one:
+        where a caption changes, what stays is compared with the model's own caption, read as it was."""
+        self.before = [logits.log_softmax(-1) for logits in self.logits(vlm)]
+        changed = [place for place, row in enumerate(self.rows) if row.new]
+        if not changed:
+            return
+        own = Batch(vlm, [Row.of(vlm, self.rows[place].trace, self.rows[place].trace.text) for place in changed])
+        for place, row, logits in zip(changed, own.rows, own.logits(vlm), strict=True):
+            was = self.rows[place].was
+            if was and max(was.values()) == len(row.answer):  # else the text's tokens are not those that were said
+                self.before[place][list(was)] = logits.log_softmax(-1)[list(was.values())]
+
+    @torch.no_grad()
+    def begin(self, vlm: VLM, layer: int) -> None:
+        """From now on start at a decoder layer: what is changed lies there or later, so all before it, the picture's tower too, stays as
+        it is now. Where that does not give the same logits bit for bit, the whole model is run as before."""
+        if self.begun is not None and self.begun[0] == layer:
+            return
+        self.begun = None
+        if not layer:
+            return
+        kept: list[Any] = []
+        with hooked([vlm.anatomy.layers[layer - 1].register_forward_hook(lambda _, __, out: kept.append(out))]):
+            whole = self.logits(vlm)
+        self.begun = layer, kept[-1]
+        try:
+            same = all(map(torch.equal, self.logits(vlm), whole))
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):  # some families want what is left out
+            same = False
+        if not same:
+            self.begun = None
+
+    @contextmanager
+    def _skipping(self, vlm: VLM) -> Iterator[dict[str, Any]]:
+        """With the layers before the one begun at giving what is kept, whatever they get. Gives the inputs: text alone will do then."""
+        if self.begun is None:
+            yield self.inputs
+            return
+        layer, kept = self.begun
+        skipped = vlm.anatomy.layers[:layer]
+        own = [vars(each).get("forward") for each in skipped]
+        try:
+            for each in skipped:
+                each.forward = lambda *_, **__: kept
+            shape = self.inputs["input_ids"].shape
+            yield {name: value for name, value in self.inputs.items() if value.shape == shape}
+        finally:
+            for each, before in zip(skipped, own, strict=True):
+                if before is None:
+                    vars(each).pop("forward", None)
+                else:
+                    each.forward = before
 
 
 def lesson(vlm: VLM, said: Sequence[Trace], kept: Sequence[Trace], source: str, target: str, batch_size: int) -> list[Batch]:

@@ -20,7 +20,7 @@ from torch import Tensor
 import mmn
 from mmn import Edit, Neuron, nouns
 from mmn.edit import located
-from mmn.lesson import plural_of, removed, replaced, takes_an
+from mmn.lesson import Batch, Row, plural_of, removed, replaced, takes_an
 from mmn.trace import Trace
 
 
@@ -407,6 +407,41 @@ def test_what_is_kept_is_protected(talking: mmn.VLM) -> None:
         with edit.applied(talking):
             moved[protect] = float((logits(talking, images[1:]) - before).norm())
     assert moved[1e-4] < 0.7 * moved[None]
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_batch_that_begins_at_a_layer_gives_what_the_whole_model_gives(talking: mmn.VLM, layer: int) -> None:
+    images = tiny.pictures(3)
+    traces = talking.caption(images, record=False)
+    own = Batch(talking, [Row.of(talking, trace, trace.text) for trace in traces])
+    neurons, changes = [Neuron(layer, 3), Neuron(2, 5)], torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = own.logits(talking)
+        with mmn.intervene.added(talking, neurons, changes):
+            changed = own.logits(talking)
+        ran = []
+        own.begin(talking, layer)
+        with mmn.hooks.hooked([talking.anatomy.ffns[0].watch(lambda seen: ran.append(1))]):
+            assert all(map(torch.equal, own.logits(talking), whole)) and not ran, "the layers before it do not run"
+        with mmn.intervene.added(talking, neurons, changes):
+            assert all(map(torch.equal, own.logits(talking), changed))
+        own.begin(talking, 0)
+        assert all(map(torch.equal, own.logits(talking), whole))
+    assert not any("forward" in vars(each) for each in talking.anatomy.layers), "nothing is left on the layers"
+
+
+def test_what_stays_is_compared_with_the_own_caption_read_as_it_was(talking: mmn.VLM) -> None:
+    trace = talking.caption(tiny.pictures(1)[0], record=False)
+    row = Row.of(talking, trace, replaced(trace, "cat", "strawberry"))
+    batch = Batch(talking, [row])
+    batch.remember(talking)
+    (end,) = [place for place in row.was if place == len(row.answer)]
+    inputs = talking.inputs([trace.image], [trace.prompt], [trace.text])
+    with torch.no_grad():
+        own = talking.model(**inputs).logits[0, -1].log_softmax(-1)
+        read = batch.logits(talking)[0][end].log_softmax(-1)
+    torch.testing.assert_close(batch.before[0][end], own, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(own, read, atol=1e-3), "the new caption is read otherwise"
 
 
 def test_bound_and_basis(talking: mmn.VLM) -> None:

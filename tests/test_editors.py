@@ -39,7 +39,9 @@ def test_scenes_styles_and_prompts_are_disjoint(job: Task, judge: Judge) -> None
     fitted = {picture.tobytes() for picture in job.pictures + job.others}
     judged = [image for name, (some, _) in judge.asked.items() if name != "fitted" for image in some]
     assert not fitted & {image.tobytes() for image in judged}
-    assert not set(job.texts) & set(judge.texts) and not any("cat" in q or "dog" in q.split() for q in job.texts + judge.texts)
+    assert not set(job.texts) & set(judge.asked["text"][1]) and not any(
+        "cat" in q or "dog" in q.split() for q in job.texts + judge.asked["text"][1]
+    )
 
 
 def test_no_change_changes_nothing(vlm: mmn.VLM, judge: Judge) -> None:
@@ -62,11 +64,11 @@ def test_figures_are_what_a_count_by_hand_gives(vlm: mmn.VLM, job: Task, judge: 
     )
     figures = judge.of(editors.of_edit(vlm, "noise", edit))
     with edit.applied(vlm):
-        now = [vlm.caption(image, record=False).text for image in judge.elsewhere]
+        now = [vlm.caption(image, record=False).text for image in judge.asked["captions_kept"][0]]
     kept = [trace.text == text for trace, text in zip(judge.before["captions_kept"], now, strict=True)]
     assert figures["captions_kept"] == pytest.approx(sum(kept) / len(kept)) and sum(kept) < len(kept)
     agree = []
-    for image, trace in zip(judge.elsewhere, judge.before["captions_kept"], strict=True):
+    for image, trace in zip(judge.asked["captions_kept"][0], judge.before["captions_kept"], strict=True):
         inputs = vlm.inputs([image], [mmn.PROMPT], [trace.text])
         with torch.no_grad():
             old = vlm.model(**inputs).logits[0]
@@ -75,6 +77,24 @@ def test_figures_are_what_a_count_by_hand_gives(vlm: mmn.VLM, job: Task, judge: 
         steps = len(trace.tokens) + 1
         agree.append((old[-steps:].argmax(-1) == new[-steps:].argmax(-1)).float().mean())
     assert figures["image_top1"] == pytest.approx(float(torch.stack(agree).mean()), abs=1e-6)
+
+
+def test_reading_says_what_generating_says(vlm: mmn.VLM, job: Task, judge: Judge) -> None:
+    found = mmn.edit.located(vlm, vlm.caption(job.pictures), "cat", 20)
+    way = editors.gradient(vlm, job, found, steps=4, rate=0.02)
+    read = judge.of(way)
+    with way.on():
+        for name in ("fitted", "reliability", "captions_kept"):
+            images, prompts = judge.asked[name]
+            texts = [trace.text for trace in vlm.caption(images, prompts, record=False)]
+            before = judge.before[name]
+            if name == "captions_kept":
+                good = [old.text == now for old, now in zip(before, texts, strict=True)]
+            else:
+                now = [set(scenes.mentions(text)) for text, old in zip(texts, before, strict=True) if says(old, "cat")]
+                good = ["dog" in said and "cat" not in said for said in now]
+            assert read[name] == pytest.approx(sum(good) / len(good)), name
+    assert read["fitted"] > 0
 
 
 def test_ways_that_touch_no_weight(vlm: mmn.VLM, job: Task, judge: Judge) -> None:

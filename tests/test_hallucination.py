@@ -93,6 +93,7 @@ def test_a_voice_is_the_sum_of_the_direct_scores_at_the_patches(vlm: mmn.VLM) ->
     torch.testing.assert_close(voice.patches(vlm, pictures)[0], by_hand, rtol=1e-3, atol=1e-3)
     loud = voice.loudest(vlm, calibration)
     assert float(loud.mean()) == pytest.approx(0, abs=1e-3) and float(loud.std()) == pytest.approx(1, abs=1e-3)
+    assert voice.level == pytest.approx(float(voice.loudest(vlm, pictures).mean()) / 2, rel=1e-3), "midway"
 
 
 def test_a_gate_acts_where_it_doubts_and_nowhere_else(vlm: mmn.VLM) -> None:
@@ -108,6 +109,10 @@ def test_a_gate_acts_where_it_doubts_and_nowhere_else(vlm: mmn.VLM) -> None:
         t for t, b in zip(before, said, strict=True) if not b
     ]
     assert h.plain(vlm)(images) == before
+    for old, new in zip(before, always, strict=True):
+        others = set(scenes.mentions(old)) - {"bird"}
+        if "bird" in scenes.mentions(old) and others:
+            assert set(scenes.mentions(new)) == others and h.well_formed(new), "all else stays, and it is a sentence"
 
 
 def test_contrast_of_strength_nought_is_plain_decoding(vlm: mmn.VLM) -> None:
