@@ -78,8 +78,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         {
             "vision_config": {
                 "sam_config": {
-                    "image_size": 64,
-                    "patch_size": 8,
+                    "image_size": 32,
+                    "patch_size": 4,
                     "output_channels": 32,
                     "mlp_dim": 48,
                     "window_size": 4,
@@ -182,7 +182,10 @@ ENCODER_DECODER = "an encoder-decoder: an encoder reads the picture, and no imag
 LEFT_OUT = {
     "blip": "between stream and unembedding stand one more map and a GELU, so that no neuron adds to the logits",
     "diffusion_gemma": "it writes blocks of text by denoising them, so that no one step produces a token",
-    "ernie4_5_vl_moe": "words and picture go to experts of their own, in rows that do not say which position they are",
+    "ernie4_5_vl_moe": (
+        "words and picture go through routed experts of their own, which receive their rows without the positions, so that no "
+        "activation of theirs can be told by position"
+    ),
     "evolla": "it reads proteins, not pictures",
     "git": "it sets the picture in front of the prompt by itself, so that no token of the prompt stands for it",
     "hunyuan_vl": "its positions number the pictures of a whole batch, so that what it reads depends on the batch's other rows",

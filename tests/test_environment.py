@@ -20,7 +20,7 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def required(groups: tuple[str, ...] = ("book", "test", "real")) -> list[Requirement]:
+def required(groups: tuple[str, ...] = ("book", "test", "real", "others")) -> list[Requirement]:
     lines = list(project()["dependencies"])
     for group in groups:
         lines += project()["optional-dependencies"][group]

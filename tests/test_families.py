@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import mmn
 from mmn import families
@@ -79,7 +80,14 @@ def test_left_out_families_say_why() -> None:
         families.run(parser.parse_args(["nonsense"]))
 
 
-FAILS = {"blip": "sum", "git": "picture", "hunyuan_vl": "batch", "inkling2": "sum", "muse_spark": "experts"}
+FAILS = {
+    "blip": "sum",
+    "ernie4_5_vl_moe": "experts",
+    "git": "picture",
+    "hunyuan_vl": "batch",
+    "inkling2": "sum",
+    "muse_spark": "experts",
+}
 
 
 @pytest.mark.parametrize("family", FAILS)
@@ -88,6 +96,25 @@ def test_reasons_that_are_given_hold(family: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(families, "LEFT_OUT", {})
     row = families.check(family)
     assert not row.conforms and row.checks[FAILS[family]] is False, row
+
+
+@pytest.mark.parametrize(
+    ("family", "found"), [("evolla", "reads no pictures"), ("pi0", "No unembedding"), ("diffusion_gemma", "reads no pictures")]
+)
+def test_reasons_that_no_check_is_about(family: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself, `mmn families` does not come as far as a check: it reads no pictures or gives no logits."""
+    monkeypatch.setattr(families, "LEFT_OUT", {})
+    assert found in families.check(family).reason
+    if family == "diffusion_gemma":  # its pictures go to an encoder, and its text comes from here
+        assert hasattr(type(families.build(family)), "_denoising_step")
+
+
+def test_several_vectors_a_position() -> None:
+    """What runs between the layers of qwen4_exp is as wide as several unembeddings."""
+    config = type(families.CONFIG_MAPPING["qwen4_exp"]().get_text_config())(num_hidden_layers=1)
+    with torch.device("meta"):
+        mixer = transformers.AutoModelForCausalLM.from_config(config).model.layers[0].mlp_hyper_connection
+    assert config.hc_count > 1 and mixer.hc_norm.weight.shape == (config.hc_count * config.hidden_size,)
 
 
 def test_nothing_asks_for_a_models_name() -> None:
