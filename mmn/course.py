@@ -32,7 +32,20 @@ EDITIONS = ("student", "instructor")
 SECONDS = 600  # that one cell may take
 RIGHT = re.compile(r"right($|[:,])")  # how a check's line begins if the answer is right
 TITLE = re.compile(r"\*\*(\d+\. [^*]+)\*\* \((★+)")
-SHORT = 8  # lines of code that still fit beside a figure on a slide
+REVEAL = "https://unpkg.com/reveal.js@4.6.1"
+MATHJAX = ROOT / "book" / "_static" / "mathjax" / "tex-svg.js"
+# nbconvert's page of slides, but for the scripts that it fetches from elsewhere
+SLIDES = """{%- extends "index.html.j2" -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}
+<script>window.MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}</script><script src="tex-svg.js" defer></script>
+{%- endblock -%}
+{%- block footer_js -%}
+<style>.reveal section { max-height: 95vh; overflow-y: auto; text-align: left; font-size: 20px }</style>
+<script src="{{ resources.reveal.url_prefix }}/dist/reveal.js"></script>
+<script>Reveal.initialize({hash: true, center: false, transition: "none", width: 1000, height: 720})</script>
+{%- endblock -%}"""
+SHORT, BRIEF = 8, 90  # lines of code, and words, that still fit on a slide with a figure
 
 
 class Exercise(NamedTuple):
@@ -162,25 +175,31 @@ def said(cell: NotebookNode) -> str:
 # -------------------------------------------------------------------------------------------------------------------- slides
 
 
-def slides(notebook: NotebookNode, reveal: str = "") -> str:
+def slides(notebook: NotebookNode, reveal: str = REVEAL) -> str:
     """A page of reveal.js slides: each section a slide, below it its text, figures and tables; code only where it is short.
 
     Parameters, imports and exercises are left out, and the code of cells that are folded in the book. reveal: address of a folder of
-    reveal.js (default: nbconvert's, on the network). Making the page needs no network; showing it does, for reveal.js and formulas."""
+    reveal.js. Making the page needs no network; showing it needs `tex-svg.js` (MathJax) beside it, and a network unless `reveal` is a local
+    folder."""
     from nbconvert import SlidesExporter
     from traitlets.config import Config
 
     made = copy.deepcopy(notebook)
+    words = BRIEF  # in the text that stands before a cell's output
     for cell in made.cells:
-        cell.metadata["slideshow"] = {"slide_type": _slide(cell)}
+        kind = _slide(cell)
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source)
-        elif len(cell.source.splitlines()) > SHORT:
+            words = len(cell.source.split())
+        elif kind == "subslide":
+            kind = "-" if words < BRIEF else kind  # on the slide of its text
+            words = BRIEF
+        cell.metadata["slideshow"] = {"slide_type": kind}
+        if cell.cell_type == "code" and len(cell.source.splitlines()) > SHORT:
             cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "hide-input"})
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}})
-    exporter = SlidesExporter(config=config, reveal_scroll=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    if reveal:
-        exporter.reveal_url_prefix = reveal
+    exporter = SlidesExporter(config=config, raw_template=SLIDES, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.reveal_url_prefix = reveal
     return exporter.from_notebook_node(made)[0]
 
 
@@ -209,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make = commands.add_parser("make", help="write the editions for students and for instructors")
     make.add_argument("--check", action="store_true", help="run both: all checks pass for instructors, none for students (minutes)")
     show = commands.add_parser("slides", help="write each chapter as slides (reveal.js)")
-    show.add_argument("--reveal", default="", help="address of a folder of reveal.js (default: on the network)")
+    show.add_argument("--reveal", default=REVEAL, help="address of a folder of reveal.js (default: %(default)s)")
     for command in (make, show):
         command.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
         command.add_argument("--only", nargs="+", metavar="NAME", help="these notebooks only, e.g. 00_tour assignment")
@@ -266,6 +285,7 @@ def _slides(args: argparse.Namespace) -> int:
     for path in chosen:
         (out / f"{path.stem}.slides.html").write_text(slides(read(path), args.reveal), encoding="utf-8")
     shutil.copytree(ROOT / "notebooks" / "figures", out / "figures")
+    shutil.copy(MATHJAX, out)
     print(f"{len(chosen)} sets of slides are in {out}")
     return 0
 

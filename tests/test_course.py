@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def test_slides_are_made_without_network(tmp_path: Path, monkeypatch: pytest.Mon
     out = tmp_path / "slides"
     assert main(["course", "slides", "--out", str(out), "--only", "00_tour", "--reveal", "reveal.js"]) == 0
     page = (out / "00_tour.slides.html").read_text(encoding="utf-8")
-    assert page.count("<section") > 20 and page.count("<img") >= 5 and 'href="reveal.js/dist/reveal.css"' in page
+    assert page.count("<section") > 20 and page.count("<img") >= 5 and (out / "tex-svg.js").exists()
+    scripts = re.findall(r'<script[^>]* src="([^"]+)"', page)
+    assert scripts == ["tex-svg.js", "reveal.js/dist/reveal.js"], "shown without network, too"
     source = course.read(course.ROOT / "notebooks" / "00_tour.ipynb")
     headings = [line.lstrip("# ") for cell in source.cells for line in cell.source.splitlines()
                 if cell.cell_type == "markdown" and line.startswith("## ")]  # fmt: skip
