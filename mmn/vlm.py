@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -19,6 +20,8 @@ from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -265,9 +268,14 @@ class VLM:
         probabilities = _LogProbabilities()
         recorder = Recorder(self.anatomy)
         with recorder.on() if record else nullcontext(), quiet():
-            out = self.model.generate(
-                **inputs, generation_config=self.generation(limit), logits_processor=LogitsProcessorList([probabilities])
-            )
+            try:
+                out = self.model.generate(
+                    **inputs, generation_config=self.generation(limit), logits_processor=LogitsProcessorList([probabilities])
+                )
+            except TypeError as error:
+                if images[0] is not None or "pixel_values" not in str(error):
+                    raise
+                raise MmnError("This model answers only with a picture: give one.") from None
         length = inputs["input_ids"].shape[1]
         tokens = out[:, length:].cpu()
         logprobs = torch.stack(probabilities.kept, 1).cpu()
@@ -406,19 +414,28 @@ def load(
     with quiet():
         try:
             config = AutoConfig.from_pretrained(where, **common)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+            builder = _builder(config)
+            if builder is None:
                 raise MmnError(f"{name} is a {config.model_type}, which does not write text about pictures: choose another model.")
             if getattr(config, "is_encoder_decoder", False):
                 raise MmnError(f"{name} is an encoder-decoder ({config.model_type}): choose a model with a decoder alone.")
             files = _weight_files(where, revision)
             processor = AutoProcessor.from_pretrained(where, backend="pil", **common)
-            builder: Any = AutoModelForImageTextToText
+            if not callable(getattr(processor, "tokenizer", None)):
+                raise MmnError(
+                    f"{name} has no processor of pictures and words together: write one as the page Bring your own model of the book "
+                    "shows, and hand it with the model to mmn.VLM."
+                )
             model, report = builder.from_pretrained(
                 where, dtype=kind, device_map=None if simple else device_map, use_safetensors=True, output_loading_info=True,
                 **common, **options,
             )  # fmt: skip
         except MmnError:
             raise
+        except ImportError as error:
+            package = re.search(r"requires the (\S+) library", str(error))
+            needs = f"it needs {package.group(1).lower()}, which is not installed" if package else _line(error)
+            raise MmnError(f"{name} could not be loaded: {needs}") from error
         except Exception as error:  # whatever transformers, safetensors and the Hub's client raise on files that are not whole
             raise MmnError(f"{name} could not be loaded: {_line(error)}") from error
     if report["missing_keys"]:
@@ -430,6 +447,16 @@ def load(
         except (RuntimeError, AssertionError) as error:
             raise MmnError(f"The device {device_map!r} cannot be used: {str(error).splitlines()[0]}") from error
     return VLM(model, processor, str(name), lexicon=lexicon, hash=hash_files(files))
+
+
+def _builder(config: Any) -> Any:
+    """What builds a model of this configuration that writes text about pictures, transformers itself or the checkpoint's own code;
+    None where nothing does."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    own = getattr(config, "auto_map", None) or {}
+    builders = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)  # checkpoints name theirs by one of these
+    return next((builder for builder in builders if builder.__name__ in own), None)
 
 
 def _resolve(name: str | PathLike[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mplug_owl2
 import pytest
 import tiny
 import torch
@@ -105,6 +106,29 @@ def test_load_refuses_models_of_other_kinds(tmp_path: Path) -> None:
 
     Florence2Config().save_pretrained(tmp_path / "both")
     assert "encoder-decoder" in refusal(mmn.load, tmp_path / "both")
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"])
+def test_load_a_model_with_code_of_its_own(name: str, tmp_path: Path) -> None:
+    """By whichever of transformers' names its checkpoint goes; nothing of it runs unless the reader says so."""
+    folder = mplug_owl2.write(tmp_path / "own", tiny.tokenizer())
+    config = json.loads((folder / "config.json").read_text())
+    code = config["auto_map"].pop("AutoModelForCausalLM")
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": config["auto_map"] | {name: code}}))
+    assert "contains custom code" in refusal(mmn.load, folder)
+    assert "no processor of pictures and words together" in refusal(mmn.load, folder, trust_remote_code=True)
+    processor = tiny.llava_parts()[1]
+    processor.save_pretrained(folder)
+    vlm = mmn.load(folder, trust_remote_code=True)
+    assert type(vlm.model).__name__ == code.rpartition(".")[2] and vlm.anatomy.neurons == [24] * 3
+
+
+def test_what_a_checkpoint_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found\nin your environment.")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", missing)
+    assert "it needs torchvision, which is not installed" in refusal(mmn.load, folder)
 
 
 def test_no_tokenizer() -> None:
