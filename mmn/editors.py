@@ -30,9 +30,9 @@ from mmn.vlm import PROMPT, VLM
 
 FIT_STYLES = ("noto", "fxemoji", "fluent-emoji", "emojione")  # an edit's own pictures; the other two styles are for judging it
 NEW_STYLES = ("noto-v1", "fluent-emoji-flat")
-# How the better edit is fitted: all its steps, on several prompts, where what is kept is hardly active.
-BETTER: dict[str, Any] = {"steps": 25, "rate": 0.03, "enough": 1.1, "weights": (0.0, 3.0, 10.0), "protect": 0.01}
-BETTER_K = 100  # its rows
+# How the better edit is fitted: slowly, all its steps, on several prompts, with much weight on what is to stay.
+BETTER: dict[str, Any] = {"steps": 29, "rate": 0.007, "enough": 1.1, "weights": (0.0, 20.0, 10.0)}
+BETTER_K = 40  # its rows
 
 
 # ------------------------------------------------------------------------------------------------------------------ what is fitted
@@ -142,7 +142,7 @@ def gradient(vlm: VLM, job: Task, neurons: Sequence[Neuron], name: str = "gradie
 
 
 def better(vlm: VLM, job: Task, neurons: Sequence[Neuron], name: str = "better, found", **settings: Any) -> Way:
-    """The better edit [ours]: several prompts, texts to keep, all steps, and changes where what is kept is hardly active."""
+    """The better edit [ours]: more rows, several prompts, texts to keep, small steps and all of them, much weight on what is to stay."""
     given = {**BETTER, "texts": job.texts, "prompt": job.prompts, **settings}
     return gradient(vlm, job, neurons, name, **given)
 
@@ -344,14 +344,16 @@ def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list
 
 def main_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
     """The gradient edit and the better one on the rows found, and on same-layer random rows of no greater norm."""
-    found = located(vlm, vlm.caption(job.pictures, batch_size=32), job.source, k)
+    traces = vlm.caption(job.pictures, batch_size=32)
+    found = located(vlm, traces, job.source, k)
     random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
     first = gradient(vlm, job, found)
     yield first
     yield gradient(vlm, job, random, "gradient, random rows", bound=first.norm, steps=20)
-    second = better(vlm, job, found)
+    more = located(vlm, traces, job.source, BETTER_K)
+    second = better(vlm, job, more)
     yield second
-    yield better(vlm, job, random, "better, random rows", bound=second.norm)
+    yield better(vlm, job, same_layer_random(vlm, more, draws=1, seed=job.seed)[0], "better, random rows", bound=second.norm)
 
 
 def other_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
@@ -360,7 +362,7 @@ def other_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
     found = located(vlm, traces, job.source, k)
     first = gradient(vlm, job, found)
     yield first
-    yield better(vlm, job, found)
+    yield better(vlm, job, located(vlm, traces, job.source, BETTER_K))
     yield closed_form(vlm, job, found)
     random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
     yield closed_form(vlm, job, random, "closed form, random rows")
