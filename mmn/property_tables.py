@@ -15,6 +15,7 @@ import torch
 import mmn
 from mmn import properties, scenes
 from mmn.anatomy import Neuron
+from mmn.errors import MmnError
 from mmn.properties import Case
 from mmn.scenes import Scene
 from mmn.tables import Row, table
@@ -403,7 +404,10 @@ def specificity(vlm: VLM, key: str) -> list[Row]:
 def in_words(vlm: VLM, concept: str) -> Case | None:
     """The concept's word produced without any picture, as the answer to `What is a CONCEPT?`: None if the answer does not say it."""
     known = scenes.CONCEPTS.get(concept)
-    trace = vlm.caption(None, f"What is {known.a if known else f'a {concept}'}?", "", 12)
+    try:
+        trace = vlm.caption(None, f"What is {known.a if known else f'a {concept}'}?", "", 12)
+    except MmnError:  # some models answer only with a picture
+        return None
     noun = next((noun for noun in trace.nouns if noun.lemma == concept), None)
     if noun is None:
         return None

@@ -45,7 +45,7 @@ class Family(mmn.VLM):
         return longer
 
 
-@pytest.mark.parametrize("family", ["llava_next", "gemma3"])
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "instructblip", "idefics3", "mllama"])
 def test_fit_effect_and_undo(family: str) -> None:
     vlm = Family(family)
     image = Image.new("RGB", (8, 8))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -16,7 +17,7 @@ from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
 import mmn
-from mmn import Neuron, explorer
+from mmn import Neuron, explorer, families
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +205,48 @@ def test_controls_where_a_reader_can_be_asked_and_a_picture_elsewhere(kernel, as
     kernel.execute_interactive(SHOW, allow_stdin=asks, timeout=120, output_hook=see)
     assert ("application/vnd.jupyter.widget-view+json" in kinds) == asks
     assert ("image/png" in kinds) != asks
+
+
+# ---------------------------------------------------------------------------------------------------------------- families
+
+
+class Signs:
+    """A tokenizer: token n is a space and one sign."""
+
+    padding_side, bos_token, eos_token_id = "left", None, 2
+
+    def __len__(self) -> int:
+        return 60
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(f" {chr(0x4E00 + int(token))}" for token in ids)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.decode([token])
+
+
+class Family(mmn.VLM):
+    """A family's tiny model, which reads the family's own picture and no prompt."""
+
+    def __init__(self, family: str):
+        model = families.randomised(families.build(family))
+        super().__init__(model, SimpleNamespace(tokenizer=Signs()), family, lexicon=tiny.every_letter)
+        self.given = families.with_picture(model)
+        self.given.pop("position_ids", None)  # which no processor gives, and which would have to grow with the answer
+
+    def inputs(self, images: object, prompts: object, prefixes: object) -> dict[str, torch.Tensor]:
+        return dict(self.given)
+
+
+# Tiles with separators between, queries in place of patches, routed experts, a picture read aside: first and last have no heatmap.
+@pytest.mark.parametrize("family", ["llava_next", "instructblip", "qwen3_5_moe", "mllama"])
+def test_families(family: str) -> None:
+    made = explorer.Explorer(Family(family), tiny.pictures(1)[0], k=4)
+    expected = made.trace.logprobs[[word.step for word in made.words]].exp().tolist()
+    assert made.probabilities(made.words) == pytest.approx(expected, rel=1e-3)
+    table = made.neurons(made.first)
+    change = made.change(made.first, explorer._named(table), 0.0)
+    row = change.probabilities.loc[made.first.text]
+    assert row["before"] != row["after"] and change.caption.startswith(made.trace.prefix)
+    assert (change.heat is None) == (family in ("llava_next", "mllama"))
+    assert explorer.still(made).axes
