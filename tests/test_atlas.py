@@ -134,8 +134,8 @@ def test_it_is_worked_by_keyboard_fits_a_phone_and_has_no_barriers(driver):
     assert driver.switch_to.active_element == second
     name = second.get_attribute("data-neuron")
     driver.switch_to.active_element.send_keys(Keys.ENTER)
-    WebDriverWait(driver, 20).until(lambda d: d.current_url.endswith("#" + name))
-    assert second.get_attribute("aria-current") == "true"
+    WebDriverWait(driver, 20).until(lambda d: second.get_attribute("aria-current") == "true")
+    assert driver.current_url.endswith("#" + name)
     assert browser.barriers(driver) == []
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": True}

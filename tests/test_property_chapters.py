@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import papermill
 import pytest
@@ -38,22 +37,10 @@ def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
     )
     said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
     assert "Traceback" not in said and said.count("\nright") + said.startswith("right") >= 4  # the solutions, on these pictures too
-    assert {"04_sensitivity": "this section needs scenes", "05_specificity": "drawn world alone", "06_causal_effect": "nouns"}[
+    assert {"04_sensitivity": "this section needs scenes", "05_specificity": "needs drawn scenes", "06_causal_effect": "nouns"}[
         name
     ] in said
     rows = pd.read_csv(tmp_path / "out" / "claims.csv")
     stored = [o.metadata[claims.KEY] for c in done.cells for o in c.get("outputs", []) if claims.KEY in o.get("metadata", {})]
     assert len(stored) == 1 and [row["claim"] for row in stored[0]["rows"]] == rows["claim"].tolist()
     assert set(rows["verdict"]) <= {"holds", "in part", "not shown"}
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_each_exercise_has_a_stub_a_check_and_a_folded_solution(name: str) -> None:
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    stubs = [cell for cell in code if "# your code here" in cell.source]
-    solutions = [cell for cell in code if cell.source.startswith("# Solution")]
-    assert len(stubs) == len(solutions) >= 4
-    for stub, solution in zip(stubs, solutions, strict=True):
-        assert "hide-cell" in solution.metadata["tags"]
-        assert "not yet" in stub.outputs[0]["text"] and solution.outputs[0]["text"].startswith("right")
