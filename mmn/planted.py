@@ -35,7 +35,6 @@ from mmn.vlm import VLM
 from mmn.weights import matrix
 
 KINDS = ("vote", "cancelled", "quiet", "later")
-MATTERS = {"vote": True, "cancelled": False, "quiet": False, "later": True}
 TOP = 10  # neurons a score finds
 ACTIVATION = 0.999  # quantile, among all neurons of the model at the moment
 WRITE = 0.75  # quantile of the write norms, among the neurons that fire there

@@ -103,7 +103,6 @@ def _concepts() -> dict[str, Concept]:
 
 
 CONCEPTS: dict[str, Concept] = _concepts()
-SENSITIVE = tuple(name for name, concept in CONCEPTS.items() if concept.sensitive)
 
 
 class Place(NamedTuple):
