@@ -105,7 +105,8 @@ def towards_log_p(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> Tensor:
 
 def _moments(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> tuple[Tensor, Tensor]:
     """At each noun's step the final norm's input and the logits, float32 `[nouns, hidden]` and `[nouns, vocabulary]`."""
-    assert trace.stream is not None
+    if trace.stream is None:
+        raise MmnError("This score needs the residual stream, which this trace does not hold: make it with `vlm.caption`.")
     weight = matrix(vlm.anatomy.unembedding)
     stream = trace.stream[[noun.step for noun in nouns]].to(weight.device)
     normed = stream if vlm.anatomy.final_norm is None else _norm(vlm, stream)
