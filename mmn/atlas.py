@@ -89,7 +89,11 @@ def excited(vlm: VLM, images: Sequence[Image.Image], batch_size: int = 16) -> tu
             kept.grids[at, :, new] = scaled.clamp(0, LEVELS).round().to(torch.uint8).T
 
     gallery.read_pictures(vlm, images, reader, batch_size)
-    return [_sorted(each) for each in best if each is not None], highest
+    kept = [each for each in best if each is not None]
+    best.clear()  # so that no layer is in memory twice
+    for layer, each in enumerate(kept):
+        kept[layer] = _sorted(each)
+    return kept, highest
 
 
 def _sorted(best: Best) -> Best:
@@ -151,7 +155,8 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
     images = [picture.open() for picture in pictures]
     best, highest = excited(vlm, images, batch_size)
     names = sorted({name for picture in pictures for name in picture.objects or ()})
-    shown = np.array([[name in (picture.objects or ()) for picture in pictures] for name in names], bool).reshape(len(names), -1)
+    shown = np.array([[name in (picture.objects or ()) for picture in pictures] for name in names], bool)
+    shown = shown.reshape(len(names), len(pictures))  # also where nothing is known of any
     enough = shown.sum(1) >= LEAST
     names, shown = [name for name, keep in zip(names, enough, strict=True) if keep], shown[enough]
     rng = np.random.default_rng(seed)
@@ -163,7 +168,7 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
     sure, place = table.max(0), table.argmax(0)
     asked = [fact.text for fact in scenes.facts()[:: max(1, len(scenes.facts()) // 48)]]
     text = on_texts(vlm, asked).numpy()
-    seen = highest.float().clamp(min=0).mean(0).numpy()
+    seen = highest.clamp(min=0).mean(0, dtype=torch.float32).numpy()
     peak = torch.cat([each.values[0] for each in best]).numpy()
     order = np.lexsort((-peak, -np.where(sure >= SURE, sure, 0)))
     chosen = np.sort(order[: min(most, len(order))])

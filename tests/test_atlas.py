@@ -82,6 +82,14 @@ def test_what_it_says_of_neurons_is_true(found):
     assert row["effect"] == pytest.approx(float(before - after), abs=2e-3)
 
 
+def test_pictures_of_which_nothing_is_known(tmp_path):
+    for number, scene in enumerate(scenes.sample(5)):
+        scene.image.save(tmp_path / f"{number}.png")
+    some = atlas.compute(mmn.load("tiny-llava"), sources.load(str(tmp_path), 5), most=50)
+    assert some["concepts"] == [] and some["about"]["passed"] == 0 and len(some["neurons"]) == 50
+    assert all(len(row["pictures"]) == len(row["peaks"]) and "concept" not in row for row in some["neurons"])
+
+
 def test_a_model_without_image_positions_and_no_pictures_are_refused():
     with pytest.raises(MmnError, match="no pictures"):
         atlas.compute(tiny.llava(), [])
