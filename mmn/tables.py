@@ -92,6 +92,7 @@ def write(
     if first is not None:
         chosen = replace(chosen, keys=chosen.keys[:first])
     stem = f"{name}.{label}" if label else name
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{stem}.part"
     done: dict[int, list[Row]] = {}
     if part.exists():

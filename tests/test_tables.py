@@ -38,7 +38,6 @@ def squares(monkeypatch):
 
 def test_a_stopped_table_goes_on_where_it_was_and_ends_the_same(squares, tmp_path):
     calls, stop_at = squares
-    (tmp_path / "whole").mkdir()
     tables.write("squares", Model(), folder=tmp_path / "whole", progress=False)
     calls.clear()
     stop_at.append(4)

@@ -1,10 +1,10 @@
 """What `mmn throughput` counts: pictures by seconds, the release's loop one at a time, and memory that only grows."""
 
 import pytest
+import tiny
 
 from mmn import throughput
 from mmn.errors import MmnError
-import tiny
 
 
 def test_pictures_a_second_are_pictures_by_seconds(monkeypatch):
