@@ -120,9 +120,9 @@ def curve(vlm: VLM, key: int) -> list[Row]:
         if k == 20:
             settings = [*({"size": size} for size in SIZES), *({"penalty": penalty} for penalty in PENALTIES)]
         tries += [(name, k, rows, each) for name, rows in (("found", order[:k]), ("random", random)) for each in settings]
-    for layer in range(len(vlm.anatomy.ffns)):
-        best = [neuron for neuron in order if neuron.layer == layer][:20]
-        tries += [("found", 20, best, {"layer": layer, "steps": 12, "rate": 0.03})] if best else []
+    for number in range(len(vlm.anatomy.ffns)):
+        best = [neuron for neuron in order if neuron.layer == number][:20]
+        tries += [("found", 20, best, {"layer": number, "steps": 12, "rate": 0.03})] if best else []
     rows: list[Row] = []
     for chosen, k, neurons, each in tries:
         size, penalty, layer = each.get("size"), each.get("penalty", 10.0), each.get("layer")

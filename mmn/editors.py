@@ -170,6 +170,8 @@ def rank_one(vlm: VLM, job: Task, layer: int, ridge: float = 0.01, **settings: A
     if not traces:
         raise MmnError(f"No caption says {job.source!r}: choose other pictures.")
     key = torch.stack([trace.activations[layer][trace.noun(job.source).step] for trace in traces]).mean(0)
+    if not key.any():
+        raise MmnError(f"No neuron of layer {layer} is active where {job.source!r} is said: choose another layer.")
     kept = vlm.caption(job.others, batch_size=32, record=False)
     batches = lesson(vlm, [], kept, job.source, job.target, 32)
     with torch.no_grad(), Moments(vlm, by_layer(neurons)) as moments:
@@ -465,7 +467,7 @@ class Judge:
         texts = [row.text if tops and tops[id(row)][:, 0].tolist() == [*row.answer, end] else None for row in rows]
         open_ = [row.trace for row, text in zip(rows, texts, strict=True) if text is None]
         said = iter(self._say([t.image for t in open_], [t.prompt for t in open_]) if open_ else [])
-        return [next(said).text if text is None else text for text in texts]
+        return [next(said).text.lstrip() if text is None else text for text in texts]  # as a row's text is
 
     def of(self, way: Way) -> dict[str, float]:
         """The figures of `MEASURES` for one way, each a share between 0 and 1; nan where no caption could show it."""

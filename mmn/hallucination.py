@@ -413,5 +413,5 @@ def well_formed(text: str) -> bool:
     import re
 
     link = r"(?:and|next to|with|above|below|to the left of|to the right of)"
-    body = rf"(?:{_PHRASE})(?:, (?:{_PHRASE}))?(?: {link} (?:{_PHRASE}))?"
-    return re.fullmatch(rf"An image of {body}(?: (?:{_PLACE}))?", text.strip()) is not None
+    more = rf"(?: {link} (?:{_PHRASE})|(?:,| next to| with) (?:{_PHRASE}) and (?:{_PHRASE}))?"
+    return re.fullmatch(rf"An image of (?:{_PHRASE}){more}(?: (?:{_PLACE}))?", text.strip()) is not None

@@ -42,6 +42,8 @@ class Family(mmn.VLM):
             if value.shape == ids.shape:
                 new = more if key == "input_ids" else torch.full_like(more, 1 if "attention" in key else 0)
                 longer[key] = torch.cat([value, new.to(value.dtype)], 1)
+            elif value.shape[:2] == ids.shape:  # what each token may see of the pictures
+                longer[key] = torch.cat([value, value[:, -1:].expand(-1, more.shape[1], *value.shape[2:])], 1)
         return longer
 
 

@@ -37,7 +37,7 @@ def test_scenes_styles_and_prompts_are_disjoint(job: Task, judge: Judge) -> None
     assert not set(scenes.HELD_OUT_PARAPHRASES) & set(job.prompts)
     assert all("cat" in s.names for s in job.fit) and not any("cat" in s.names for s in job.keep)
     fitted = {picture.tobytes() for picture in job.pictures + job.others}
-    judged = [image for name, (some, _) in judge.asked.items() if name != "fitted" for image in some]
+    judged = [image for name, (some, _) in judge.asked.items() if name != "fitted" for image in some if image]
     assert not fitted & {image.tobytes() for image in judged}
     assert not set(job.texts) & set(judge.asked["text"][1]) and not any(
         "cat" in q or "dog" in q.split() for q in job.texts + judge.asked["text"][1]
@@ -56,8 +56,8 @@ def test_no_change_changes_nothing(vlm: mmn.VLM, judge: Judge) -> None:
 
 def test_figures_are_what_a_count_by_hand_gives(vlm: mmn.VLM, job: Task, judge: Judge) -> None:
     edit = mmn.Edit(
-        [mmn.Neuron(3, unit) for unit in range(512)],
-        torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) * 0.3,
+        [mmn.Neuron(6, unit) for unit in range(512)],
+        torch.randn(512, 256, generator=torch.Generator().manual_seed(0)),
         vlm.hash,
         "cat",
         "dog",
@@ -112,7 +112,7 @@ def test_fine_tuning_rank_one_and_lora_are_what_they_say(vlm: mmn.VLM, job: Task
     few = Task(job.source, job.target, job.fit[:2], job.keep[:1], [])
     bounded = editors.fine_tuned(vlm, few, layer=5, bound=0.2, steps=2, rate=0.01)
     assert bounded.norm <= 0.2 + 1e-5 and {n.layer for n in bounded.edit.neurons} == {5} and bounded.rows == vlm.anatomy.neurons[5]
-    one = editors.rank_one(vlm, few, layer=5, steps=1)
+    one = editors.rank_one(vlm, few, layer=7, steps=1)
     assert torch.linalg.matrix_rank(one.edit.changes, rtol=1e-4) == 1
     adapted = editors.lora(vlm, few, rank=2, steps=2)
     for layer, width in enumerate(vlm.anatomy.neurons):
@@ -139,3 +139,12 @@ def test_the_oracle_is_the_true_effect_of_silencing(vlm: mmn.VLM, job: Task) -> 
 def test_refusals() -> None:
     with pytest.raises(mmn.MmnError, match="no concept 'unicorn'"):
         editors.task("cat", "unicorn")
+
+
+def test_a_rank_one_edit_of_a_silent_layer_is_refused(vlm: mmn.VLM, job: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = vlm.caption(job.pictures)
+    for trace in traces:
+        trace.activations[5].zero_()
+    monkeypatch.setattr(vlm, "caption", lambda *args, **kwargs: traces)
+    with pytest.raises(mmn.MmnError, match="No neuron of layer 5 is active where 'cat' is said"):
+        editors.rank_one(vlm, job, layer=5)
