@@ -7,6 +7,7 @@ A `Way` is a change that can be switched on in a `with` block. Those of weights 
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -390,6 +391,7 @@ MEASURES = {
     "held_out": "the same in the style that the model itself never saw",
     "rephrased": "the same on fresh scenes asked in other words than any fit",
     "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
+    "rest_content": "share of them that name the same other objects, as many, and the same place, however they are joined",
     "rest_unedited": "control of `rest`: share of them that the unedited model goes on with as before once the target is in its mouth",
     "image_top1": "pictures without the source: share of steps whose likeliest token stays, the unedited caption being read",
     "image_top10": "the same, with the ten likeliest tokens in order",
@@ -400,6 +402,7 @@ MEASURES = {
     "by_text": "text alone: share of questions about the source whose answer changes",
     "by_image": "image alone: share of swaps where the picture comes without a request",
 }
+_JOINT = re.compile(r",? (?:and|next to|with|above|below|to the left of|to the right of) |, ")
 FRESH = ("reliability", "new_style", "held_out", "rephrased")  # pictures that show the source, not fitted on
 SWAPS = ("fitted", *FRESH, "by_image")
 
@@ -487,6 +490,8 @@ class Judge:
         same = {name: [row.text == text for row, text in zip(self.rows[name], texts[name], strict=True)] for name in texts}
         figures = {name: _share(swapped.get(name, [])) for name in SWAPS}
         figures["rest"] = _share(sum((same.get(name, []) for name in FRESH), []))
+        said = [pair for name in FRESH if name in texts for pair in zip(self.rows[name], texts[name], strict=True)]
+        figures["rest_content"] = _share(content(row.text) == content(text) for row, text in said)
         fresh = [row for name in FRESH for row in self.rows.get(name, [])]
         figures["rest_unedited"] = _share(_goes_on(row, self.tops[id(row)][:, 0].tolist(), self.vlm.end_token) for row in fresh)
         figures |= {name: _share(same[name]) for name in ("captions_kept", "other_image")}
@@ -496,6 +501,15 @@ class Judge:
             figures[f"{kind}_top1"] = float(np.mean([(old[:, 0] == now[:, 0]).float().mean() for old, now in pairs]))
             figures[f"{kind}_top10"] = float(np.mean([(old == now).all(-1).float().mean() for old, now in pairs]))
         return {name: figures[name] for name in MEASURES}
+
+
+def content(text: str) -> tuple[list[str], list[str]]:
+    """What a caption of the synthetic world says, however it joins it: its objects, each with its article or number, in alphabetical
+    order, and its places."""
+    places = [place.phrase for place in scenes.PLACES.values() if text.endswith(place.phrase)]
+    for place in places:
+        text = text.removesuffix(place).rstrip()
+    return sorted(_JOINT.split(text.removeprefix("An image of "))), places
 
 
 def _goes_on(row: Row, likeliest: list[int], end: int) -> bool:

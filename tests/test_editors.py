@@ -136,6 +136,15 @@ def test_the_oracle_is_the_true_effect_of_silencing(vlm: mmn.VLM, job: Task) -> 
     assert set(best) == set(order[:5])
 
 
+def test_content_is_what_is_said_however_it_is_joined() -> None:
+    said = editors.content("An image of a lion with two cars and an apple at night")
+    assert said == (["a lion", "an apple", "two cars"], ["at night"])
+    assert said == editors.content("An image of two cars, an apple and a lion at night")
+    assert said != editors.content("An image of two cars, an apple and a lion") and said != editors.content(
+        "An image of a lion at night"
+    )
+
+
 def test_refusals() -> None:
     with pytest.raises(mmn.MmnError, match="no concept 'unicorn'"):
         editors.task("cat", "unicorn")
