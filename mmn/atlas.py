@@ -196,7 +196,7 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
                 **({"effect": round(float(drops[neuron]), 3)} if neuron in drops else {}),
             }
         )
-    inputs = vlm.inputs(images[:1], [mmn.PROMPT], [mmn.PREFIX])
+    inputs = vlm.inputs(images[:1], [vlm.prompt], [mmn.PREFIX])
     grid = image_grid(best[0].grids.shape[1], inputs)
     words = sorted({token for row in rows for token in row["words"]})
     about = {

@@ -40,7 +40,7 @@ from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says
 from mmn.trace import Trace
-from mmn.vlm import PREFIX, PROMPT, VLM
+from mmn.vlm import PREFIX, VLM
 
 FORMAT = "mmn-edit-1"
 LOST = 0.1  # share of a change that rounding may take before the user is told
@@ -197,7 +197,7 @@ class Edit:
         *,
         keep: Sequence[Image.Image] = (),
         texts: Sequence[str] = (),
-        prompt: str | Sequence[str] = PROMPT,
+        prompt: str | Sequence[str] | None = None,
         prefix: str = PREFIX,
         max_new_tokens: int = 50,
         steps: int = 50,
@@ -234,6 +234,7 @@ class Edit:
         if protect is not None and not (protect > 0 and (keep or texts)):
             raise MmnError("protect is a number above 0 and needs pictures or texts to keep.")
         started = time.perf_counter()
+        prompt = vlm.prompt if prompt is None else prompt
         said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=False)
         batches = lesson(vlm, said, kept, source, target, batch_size)
         groups = by_layer(neurons)
@@ -307,7 +308,7 @@ class Edit:
         *,
         keep: Sequence[Image.Image] = (),
         texts: Sequence[str] = (),
-        prompt: str | Sequence[str] = PROMPT,
+        prompt: str | Sequence[str] | None = None,
         prefix: str = PREFIX,
         max_new_tokens: int = 50,
         margin: float = 3.0,

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mmn.anatomy import Neuron, by_layer
 from mmn.errors import MmnError
 from mmn.hooks import hooked
-from mmn.vlm import PREFIX, PROMPT, VLM
+from mmn.vlm import PREFIX, VLM
 
 TEXTS = ("What is {a}?", "Tell me about {a}.", "Is {a} in the image?", "I have seen {a}.")  # of words in no picture
 
@@ -29,7 +29,7 @@ def read_pictures(vlm: VLM, images: Sequence[Image.Image], reader: Reader, batch
     Raises MmnError for a model that has no image positions."""
     for start in tqdm(range(0, len(images), batch_size), desc="pictures", leave=False, delay=5):
         part = images[start : start + batch_size]
-        inputs = vlm.inputs(part, [PROMPT] * len(part), [PREFIX] * len(part))
+        inputs = vlm.inputs(part, [vlm.prompt] * len(part), [PREFIX] * len(part))
         here = vlm.image_positions(inputs)
 
         def keep(layer: int, activations: Tensor, start: int = start, here: Tensor = here) -> None:

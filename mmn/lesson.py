@@ -29,9 +29,10 @@ def says(trace: Trace, noun: str) -> bool:
 
 def captions(
     vlm: VLM, images: Image.Image | Sequence[Image.Image], source: str, keep: Sequence[Image.Image], texts: Sequence[str],
-    prompt: str | Sequence[str], prefix: str, limit: int, record: bool,
+    prompt: str | Sequence[str] | None, prefix: str, limit: int, record: bool,
 ) -> tuple[list[Trace], list[Trace]]:  # fmt: skip
     """What the model says of the pictures where it says the source, and of what is to be kept."""
+    prompt = vlm.prompt if prompt is None else prompt
     prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
     given = [images] if isinstance(images, Image.Image) else list(images)
     traces = vlm.caption(given, [next(prompts) for _ in given], prefix, limit, record=record)

@@ -69,7 +69,9 @@ def plant(vlm: VLM, trace: Trace, noun: str | Noun, kind: str) -> Planted:
     chosen, ffns = trace.noun(noun), vlm.anatomy.ffns
     if len(ffns) < 3 or any(len(_inputs(ffn)) != 2 or not ffn.plain for ffn in ffns):
         raise MmnError("Planting needs at least three layers of plain gated FFNs: this model has others.")
-    copied = VLM(copy.deepcopy(vlm.model), vlm.processor, vlm.name, lexicon=vlm.lexicon, hash=f"{vlm.hash}-{kind}")
+    copied = VLM(
+        copy.deepcopy(vlm.model), vlm.processor, vlm.name, lexicon=vlm.lexicon, prompt=vlm.prompt, hash=f"{vlm.hash}-{kind}"
+    )
     bed = _Bed(copied, trace, chosen)
     last = len(ffns) - 1
     reading = max(1, min(last - 1, last // 2 + 2))

@@ -36,7 +36,7 @@ from mmn.metrics import Interval
 from mmn.nouns import Noun
 from mmn.scenes import CONCEPTS, Placed, Scene, free_box, recompose, sprites
 from mmn.trace import Trace
-from mmn.vlm import PREFIX, PROMPT, VLM
+from mmn.vlm import PREFIX, VLM
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of neurons at which overlaps and effects are drawn
 
@@ -107,7 +107,7 @@ def _shown(trace: Trace, scene: Scene | None) -> list[Noun]:
     return [noun for noun in trace.nouns if scene is None or noun.lemma in scene.names]
 
 
-def say(vlm: VLM, image: Image.Image | None, text: str, prompt: str = PROMPT, prefix: str = PREFIX) -> Trace:
+def say(vlm: VLM, image: Image.Image | None, text: str, prompt: str | None = None, prefix: str = PREFIX) -> Trace:
     """`text` put into the model's mouth: the Trace it would have left had it said these words. The stream is not recorded.
 
     Raises MmnError for a text that does not go on from `prefix`."""
@@ -116,8 +116,9 @@ def say(vlm: VLM, image: Image.Image | None, text: str, prompt: str = PROMPT, pr
     return retrace(vlm, image, vlm.tokenizer(text[len(prefix) :], add_special_tokens=False)["input_ids"], prompt, prefix)
 
 
-def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: str = PROMPT, prefix: str = PREFIX) -> Trace:
+def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: str | None = None, prefix: str = PREFIX) -> Trace:
     """The Trace of an answer whose tokens are known, from one forward pass. The stream is not recorded."""
+    prompt = vlm.prompt if prompt is None else prompt
     context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -4:].tolist()
     ids = torch.tensor(tokens)
     empty = Trace(ids, False, torch.zeros(len(ids)), [], None, image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon)
@@ -510,7 +511,7 @@ class OwnEncoder:
     @torch.no_grad()
     def _tokens(self, image: Image.Image) -> Tensor:
         seen: list[Tensor] = []
-        inputs = self.vlm.inputs([image], [PROMPT], [""])
+        inputs = self.vlm.inputs([image], [self.vlm.prompt], [""])
         positions = self.vlm.image_positions(inputs)[0]
 
         def keep(_: Any, __: tuple, kwargs: dict[str, Any]) -> None:

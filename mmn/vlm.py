@@ -46,7 +46,7 @@ class VLM:
     loaded).
 
     Build one yourself from any transformers model and its processor where `mmn.load` does not do; `lexicon` finds the nouns of a
-    caption (mmn.nouns)."""
+    caption (mmn.nouns), `prompt` is what a picture's caption is asked with wherever nothing else is said."""
 
     def __init__(
         self,
@@ -56,8 +56,11 @@ class VLM:
         *,
         anatomy: Anatomy | None = None,
         lexicon: nouns.Lexicon | None = None,
+        prompt: str = PROMPT,
         hash: str | None = None,
     ):
+        if not isinstance(prompt, str):
+            raise MmnError(f"prompt is text, not {prompt!r}.")
         self.model: Any = model.eval().requires_grad_(False)
         self.processor = processor
         self.tokenizer: Any = getattr(processor, "tokenizer", None)
@@ -67,6 +70,7 @@ class VLM:
         self.anatomy = anatomy or find(model)
         self.name = name or type(model).__name__
         self.lexicon = lexicon or nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
+        self.prompt = prompt
         self.hash = hash or hash_tensors(model.state_dict())
 
     def __repr__(self) -> str:
@@ -211,7 +215,7 @@ class VLM:
     def caption(
         self,
         image: Image.Image | None | Sequence[Image.Image | None],
-        prompt: str | Sequence[str] = PROMPT,
+        prompt: str | Sequence[str] | None = None,
         prefix: str | Sequence[str] = PREFIX,
         max_new_tokens: int = 50,
         *,
@@ -221,8 +225,8 @@ class VLM:
         """Caption one picture (a Trace) or several (a list of Traces, worked in batches), greedily, the answer begun with
         `prefix`.
 
-        None for a picture asks in words alone. `prompt` and `prefix` may be lists with one for each picture. `record=False`
-        leaves the activations out. Raises MmnError for anything but pictures, and for limits below 1."""
+        None for a picture asks in words alone. `prompt` (None: `vlm.prompt`) and `prefix` may be lists with one for each picture.
+        `record=False` leaves the activations out. Raises MmnError for anything but pictures, and for limits below 1."""
         alone = image is None or isinstance(image, Image.Image)
         images: list[Any] = [image] if alone else list(image)  # type: ignore[arg-type]
         if not images:
@@ -233,7 +237,10 @@ class VLM:
         for what, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise MmnError(f"{what} is a whole number of at least 1, not {value!r}.")
-        prompts, prefixes = _each("prompt", prompt, len(images)), _each("prefix", prefix, len(images))
+        prompts, prefixes = (
+            _each("prompt", self.prompt if prompt is None else prompt, len(images)),
+            _each("prefix", prefix, len(images)),
+        )
         traces: list[Trace] = []
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, desc="captions", leave=False, delay=5):
@@ -396,12 +403,14 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     lexicon: nouns.Lexicon | None = None,
+    prompt: str = PROMPT,
     **options: Any,
 ) -> VLM:
     """A vision-language model: the shipped `tiny-llava`, a checkpoint folder, or a Hugging Face name.
 
     device_map: None for the CPU, `cuda`, `mps`, or `auto` to spread a large model (needs accelerate). dtype: `float32` (the
-    default, whatever the checkpoint holds), `bfloat16`, `float16` or `auto`. revision: branch, tag or commit on the Hub.
+    default, whatever the checkpoint holds), `bfloat16`, `float16` or `auto`. revision: branch, tag or commit on the Hub. lexicon, prompt:
+    as in `VLM`.
     Further options, such as `quantization_config`, go to `from_pretrained`. Only safetensors are read, and a download's own
     code runs only with `trust_remote_code=True`. Raises MmnError where there is no such model, it reads no pictures, or weights
     are missing."""
@@ -410,6 +419,8 @@ def load(
     if not isinstance(kind, torch.dtype) and kind != "auto":
         raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
     simple = isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu")
+    if simple:
+        _usable(str(device_map))  # before anything slow
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet():
         try:
@@ -444,9 +455,16 @@ def load(
     if simple:
         try:
             model = model.to(device_map)
-        except (RuntimeError, AssertionError) as error:
-            raise MmnError(f"The device {device_map!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return VLM(model, processor, str(name), lexicon=lexicon, hash=hash_files(files))
+        except torch.OutOfMemoryError as error:
+            raise MmnError(f"{name} does not fit {device_map}: {_line(error)}") from error
+    return VLM(model, processor, str(name), lexicon=lexicon, prompt=prompt, hash=hash_files(files))
+
+
+def _usable(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MmnError(f"The device {device!r} cannot be used: {_line(error)}") from error
 
 
 def _builder(config: Any) -> Any:

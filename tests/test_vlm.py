@@ -15,6 +15,7 @@ from transformers import LlamaConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import mmn
+from mmn import scenes
 from mmn.trace import Trace
 
 
@@ -279,3 +280,20 @@ def test_the_checkpoints_own_decoding_settings_do_not_count() -> None:
     plain = vlm.caption(image)
     vlm.model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=3, top_k=5)
     assert vlm.caption(image).text == plain.text
+
+
+def test_a_models_own_prompt_is_asked_unless_another_is_given() -> None:
+    vlm = mmn.load("tiny-llava", prompt="Describe the picture.")
+    image = scenes.draw(0).image
+    assert vlm.caption(image).prompt == "Describe the picture."
+    other = vlm.caption(image, mmn.PROMPT)
+    assert other.prompt == mmn.PROMPT and other.text == mmn.load("tiny-llava").caption(image).text
+    with pytest.raises(mmn.MmnError, match="prompt is text, not 3"):
+        mmn.load("tiny-llava", prompt=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmn.vlm.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(mmn.MmnError, match="The device 'cuda' cannot be used"):
+        mmn.load("tiny-llava", device_map="cuda")
