@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -345,15 +346,23 @@ def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list
     return [neuron for neuron in located(vlm, traces, other, 3 * k) if neuron not in set(own)][:k]
 
 
+def in_one_layer(vlm: VLM, traces: Sequence[Trace], source: str, k: int) -> list[Neuron]:
+    """The k rows of the highest mean score in the layer where most of the rows found lie: a fit then runs that layer and what follows,
+    not the whole model. At most as many as are among the 4 k found."""
+    order = located(vlm, traces, source, 4 * k)
+    layer = Counter(neuron.layer for neuron in order[:k]).most_common(1)[0][0]
+    return [neuron for neuron in order if neuron.layer == layer][:k]
+
+
 def main_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
     """The gradient edit and the better one on the rows found, and on same-layer random rows of no greater norm."""
     traces = vlm.caption(job.pictures, batch_size=32)
-    found = located(vlm, traces, job.source, k)
+    found = in_one_layer(vlm, traces, job.source, k)
     random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
     first = gradient(vlm, job, found)
     yield first
     yield gradient(vlm, job, random, "gradient, random rows", bound=first.norm, steps=20)
-    more = located(vlm, traces, job.source, BETTER_K)
+    more = in_one_layer(vlm, traces, job.source, BETTER_K)
     second = better(vlm, job, more)
     yield second
     yield better(vlm, job, same_layer_random(vlm, more, draws=1, seed=job.seed)[0], "better, random rows", bound=second.norm)
@@ -362,10 +371,10 @@ def main_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
 def other_ways(vlm: VLM, job: Task, k: int = 20) -> Iterator[Way]:
     """Every way of the comparison, one after the other: what each is, the tables of the chapter say."""
     traces = vlm.caption(job.pictures, batch_size=32)
-    found = located(vlm, traces, job.source, k)
+    found = in_one_layer(vlm, traces, job.source, k)
     first = gradient(vlm, job, found)
     yield first
-    yield better(vlm, job, located(vlm, traces, job.source, BETTER_K))
+    yield better(vlm, job, in_one_layer(vlm, traces, job.source, BETTER_K))
     yield closed_form(vlm, job, found)
     random = same_layer_random(vlm, found, draws=1, seed=job.seed)[0]
     yield closed_form(vlm, job, random, "closed form, random rows")
