@@ -349,6 +349,10 @@ class Edit:
             normed = vlm.anatomy.final_norm(stream.to(words)) if vlm.anatomy.final_norm is not None else stream
             distance = (normed.cpu().float() @ (words[1] - words[0]).cpu())[steps]
             wanted[steps] = distance + margin
+            if not moved[steps].any():
+                raise MmnError(
+                    f"None of these neurons is active where {source!r} is said, so no change of theirs can matter: take others."
+                )
             gram = moved.T @ moved
             gram += ridge * float(moved[steps].square().mean()) * len(steps) * torch.eye(len(neurons))
             changes += torch.linalg.solve(gram, moved.T @ wanted)[:, None] * direction

@@ -157,3 +157,11 @@ def test_a_rank_one_edit_of_a_silent_layer_is_refused(vlm: mmn.VLM, job: Task, m
     monkeypatch.setattr(vlm, "caption", lambda *args, **kwargs: traces)
     with pytest.raises(mmn.MmnError, match="No neuron of layer 5 is active where 'cat' is said"):
         editors.rank_one(vlm, job, layer=5)
+
+
+def test_a_closed_form_of_silent_rows_is_refused(vlm: mmn.VLM, job: Task) -> None:
+    traces = vlm.caption(job.pictures)
+    silent = torch.stack([trace.activations[7].abs().amax(0) for trace in traces]).amax(0).eq(0).nonzero()[:5, 0]
+    assert len(silent) == 5
+    with pytest.raises(mmn.MmnError, match="None of these neurons is active where 'cat' is said"):
+        mmn.Edit.closed_form(vlm, job.pictures, "cat", "dog", [mmn.Neuron(7, int(unit)) for unit in silent])
