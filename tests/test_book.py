@@ -88,9 +88,12 @@ def test_page(browser: webdriver.Chrome, site: str, page: str) -> None:
 def test_no_reader_is_shut_out(browser: webdriver.Chrome, site: str, page: str) -> None:
     browser.set_window_size(1280, 900)
     open_page(browser, site + page)
+    rule = "*, ::before, ::after { transition: none !important; animation: none !important }"
+    still = f"const style = document.createElement('style'); style.textContent = '{rule}';"
+    browser.execute_script(
+        f"{still} document.head.append(style)"
+    )  # what is fading in, or on its way to another colour, has no contrast
     browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true; })")  # solutions too
-    still = "const style = document.createElement('style'); style.textContent = '* { transition: none !important }';"
-    browser.execute_script(f"{still} document.head.append(style)")  # colours on their way to others have no contrast
     for theme, rules in (("light", ()), ("dark", ("color-contrast",))):
         browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
         assert not barriers(browser, rules=rules), theme
