@@ -27,7 +27,7 @@ book/_static/atlas.html: .venv/ready book/_build/sources
 	$(BIN)/mmn atlas --out $@
 
 book: .venv/ready book/_build/sources book/_static/atlas.html
-	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -nW --keep-going
+	TQDM_DISABLE=1 $(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -nW --keep-going
 	@echo "The book is in $(HTML)/index.html"
 
 lab: .venv/ready
@@ -48,7 +48,7 @@ refresh: .venv/ready
 	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
 	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)
 	$(BIN)/ruff format --quiet $(CHAPTERS)
-	$(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False --NotebookClient.store_widget_state=False $(CHAPTERS)
+	TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False --NotebookClient.store_widget_state=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py
 	$(BIN)/python book/make_claims.py
 	$(BIN)/python book/make_costs.py

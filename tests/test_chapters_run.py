@@ -1,0 +1,52 @@
+"""Every chapter on tiny random models of several families, on drawn scenes and on a folder of pictures: it runs through, or stops with a
+sentence that says what the model lacks. `MMN_ALL_CHAPTERS=1 pytest tests/test_chapters_run.py` runs the full matrix."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import real
+
+from mmn import chapters, scenes
+from mmn.errors import MmnError
+
+pytestmark = pytest.mark.skipif(not chapters.FOLDER.exists(), reason="there are no chapters beside the tests")
+NAMES = [path.stem for path in sorted(chapters.FOLDER.glob("0[1-8]*.ipynb"))]  # the tour has a test of its own
+FAMILIES = ("llava", "gemma3", "instructblip")
+SMALL = {"pictures": 4, "concepts": 3, "sample": 3, "live": 1, "top_k": 4}
+FULL = [(name, family, source) for name in NAMES for family in FAMILIES for source in ("scenes", "folder")]
+# Every chapter, family and source at least once.
+FEW = [(name, FAMILIES[n % 3], ("folder", "scenes")[n // 4 % 2]) for n, name in enumerate(NAMES)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pictures` and one checkpoint a family."""
+    root = tmp_path_factory.mktemp("given")
+    (root / "pictures").mkdir()
+    for number in range(4):
+        scenes.draw(number).image.save(root / "pictures" / f"{number}.png")
+    for family in FAMILIES:
+        real.save(family, root / family)
+    return root
+
+
+@pytest.mark.parametrize(("name", "family", "source"), FULL if os.environ.get("MMN_ALL_CHAPTERS") else FEW)
+def test_it_runs_through_or_says_why_not(name: str, family: str, source: str, folders: Path, tmp_path: Path) -> None:
+    path = chapters.chapter(name)
+    known = chapters.parameters(path)
+    values = {key: value for key, value in SMALL.items() if key in known} | {"model": str(folders / family)}
+    if source == "folder" and "images" in known:
+        values["images"] = str(folders / "pictures")
+    elif source == "folder" and "image" in known:
+        values["image"] = str(folders / "pictures" / "0.png")
+    try:
+        done = chapters.execute(path, values, tmp_path, progress=False)
+    except MmnError as stopped:
+        assert ": MmnError: " in str(stopped) and str(stopped).endswith("."), stopped
+        assert (tmp_path / f"{name}.failed.ipynb").exists() and not (tmp_path / "run.json").exists()
+    else:
+        assert "Traceback" not in done.read_text(encoding="utf-8") and (tmp_path / "run.json").exists()
+        assert list(tmp_path.glob("*.csv")), "its tables"
