@@ -48,7 +48,8 @@ refresh: .venv/ready
 	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
 	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)
 	$(BIN)/ruff format --quiet $(CHAPTERS)
-	TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --timeout=600 --NotebookClient.record_timing=False --NotebookClient.store_widget_state=False $(CHAPTERS)
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	    --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False $(CHAPTERS)
 	$(BIN)/python book/make_picture.py
 	$(BIN)/python book/make_claims.py
 	$(BIN)/python book/make_costs.py

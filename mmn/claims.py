@@ -45,9 +45,11 @@ class Claim:
 
 
 def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:
-    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...)."""
-    found = [label for label in tables.labels(name, folder) if label]
-    return {label: float(statistic(tables.read(name, label=label, folder=folder))) for label in found}
+    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...), but for
+    those of which it is nan: models that do not say what would be counted."""
+    others = [label for label in tables.labels(name, folder) if label]
+    found = {label: float(statistic(tables.read(name, label=label, folder=folder))) for label in others}
+    return {label: value for label, value in found.items() if not np.isnan(value)}
 
 
 def frame(rows: Sequence[Claim]) -> pd.DataFrame:
@@ -73,10 +75,9 @@ def _text(value: Interval) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    known = [value for value in values if not np.isnan(value)]
-    if not known:
+    if not values:
         return "open"
-    return f"{known[0]:.2f}" if len(known) == 1 else f"{np.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+    return f"{values[0]:.2f}" if len(values) == 1 else f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -28,7 +28,7 @@ def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
 def signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, text: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Sphinx cannot link types with lists inside, as those of functions, and shows the ~ of `~torch.Tensor`: there, names without modules."""
+    """Sphinx cannot link types with lists inside, as of functions, and shows the ~ of `~torch.Tensor`: there, names without modules."""
     if text and "[[" in text:
         text = re.sub(r"~(\w+\.)+", "", text)
     return text, returns
