@@ -67,7 +67,8 @@ def parameters(path: Path) -> dict[str, dict[str, Any]]:
 def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
     """The values given as text, turned into the types of the notebook's parameters.
 
-    Raises MmnError for a parameter that is not there, a value of another type, and a file or folder that does not exist."""
+    Raises MmnError for a parameter that is not there, a value of another type, a file or folder that does not exist, a device that this
+    machine does not have, and an unknown dtype."""
     known = parameters(path)
     values: dict[str, Any] = {}
     for name, text in given.items():
@@ -84,6 +85,10 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
             values[name] = str(Path(text).resolve())
         if name == "model" and Path(text).is_dir():
             values[name] = str(Path(text).resolve())
+    if values.keys() & {"device", "dtype"}:
+        from mmn import vlm  # reads torch, which takes seconds
+
+        vlm.place(values.get("device") or None, values.get("dtype", "float32"))
     return values
 
 

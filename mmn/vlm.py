@@ -39,6 +39,7 @@ from mmn.trace import WINDOW, Recorder, Trace
 
 PROMPT = "Describe the image in few words."  # the paper's
 PREFIX = "An image of"
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes; any other text is one device
 
 
 class VLM:
@@ -415,12 +416,8 @@ def load(
     code runs only with `trust_remote_code=True`. Raises MmnError where there is no such model, it reads no pictures, or weights
     are missing."""
     where = _resolve(name)
-    kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
-    if not isinstance(kind, torch.dtype) and kind != "auto":
-        raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
-    simple = isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda", "mps", "xpu")
-    if simple:
-        _usable(str(device_map))  # before anything slow
+    kind = place(device_map, dtype)  # before anything slow
+    simple = isinstance(device_map, str) and device_map not in SPREAD
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet():
         try:
@@ -460,11 +457,17 @@ def load(
     return VLM(model, processor, str(name), lexicon=lexicon, prompt=prompt, hash=hash_files(files))
 
 
-def _usable(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MmnError(f"The device {device!r} cannot be used: {_line(error)}") from error
+def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> torch.dtype | str:
+    """The dtype by its name. Raises MmnError where there is none of that name, and for a device that this machine does not have."""
+    kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
+    if not isinstance(kind, torch.dtype) and kind != "auto":
+        raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
+    if isinstance(device_map, str) and device_map not in SPREAD:
+        try:
+            torch.empty(1, device=device_map)
+        except (RuntimeError, AssertionError) as error:
+            raise MmnError(f"The device {device_map!r} cannot be used: {_line(error)}") from error
+    return kind
 
 
 def _builder(config: Any) -> Any:

@@ -17,7 +17,7 @@ def book(tmp_path, monkeypatch):
     folder.mkdir()
     cell = new_code_cell(
         'model: str = "m"  # a model\nimages: str = ""  # a folder\ntop_k: int = 10  # neurons\nshare: float = 0.5  # of them\n'
-        'loud: bool = False  # or not\nout: str = ""  # a folder'
+        'loud: bool = False  # or not\ndevice: str = ""  # of the weights\ndtype: str = "float32"  # of them\nout: str = ""  # a folder'
     )
     cell.metadata["tags"] = ["parameters"]
     work = new_code_cell(
@@ -55,11 +55,15 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
         (["run", "4", "-p", "top_k"], "NAME=VALUE"),
         (["run", "4", "--images", "nowhere"], "There is no file or folder nowhere"),
         (["run", "4", "-p", "out=here"], "--out alone"),
+        (["run", "4", "-p", "device=gpu"], "The device 'gpu' cannot be used: "),
+        (["run", "4", "-p", "device=meta:x"], "The device 'meta:x' cannot be used: "),
+        (["run", "4", "-p", "dtype=float8"], "There is no dtype 'float8': use float32, bfloat16, float16 or auto."),
     ],
 )
 def test_bad_parameters_stop_before_anything_starts(book, capsys, words, message):
     assert cli.main([*words, "--out", str(book / "results")]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1  # one sentence
     assert not (book / "results").exists()
 
 
