@@ -66,11 +66,11 @@ TEXT = [
 STYLES = ("bytes", "spaced", "pieces", "plain", "unigram")
 
 
-@functools.cache
 def tokenizer(style: str = "bytes", special: tuple[str, ...] = ("<image>",)) -> PreTrainedTokenizerFast:
     """A small tokenizer, its special tokens from id 3 on: BPE over bytes, a space as a token of its own or (spaced) as the first
     letter of a word, as GPT-2 has it; BPE or Unigram as SentencePiece makes them, `▁` for a space and one set before the first
-    word (Llama 1 and 2, T5); or BPE without that one (Gemma: plain)."""
+    word (Llama 1 and 2, T5); or BPE without that one (Gemma: plain). A new one each time: saving a processor notes its class in its
+    tokenizer."""
     special = ("<pad>", "<s>", "</s>", *special)
     level = style in ("bytes", "spaced")
     pieces = style in ("pieces", "plain")
