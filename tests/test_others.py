@@ -1,10 +1,12 @@
-"""The same activations and the same effect of zeroing as another tool gives: nnsight, on a tiny LLaVA and its picture.
+"""The same activations and the same effect of zeroing as other tools give: nnsight and TransformerLens, on a tiny LLaVA and its picture.
 
-An optional group: `pip install '.[others]'` brings it; without it the test is skipped."""
+An optional group: `pip install '.[others]'` brings them; without them the tests are skipped."""
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,3 +60,31 @@ def test_nnsight() -> None:
         silenced = model.output.logits.save()
     torch.testing.assert_close(silenced, zeroed, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(zeroed, plain)
+
+
+def test_transformer_lens(tmp_path: Path) -> None:
+    """It loads its own copy, and its hook points are named by what they hold."""
+    bridges = other("transformer_lens.model_bridge")
+    vlm = tiny.llava()
+    vlm.model.set_attn_implementation("eager")  # as TransformerLens computes attention
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    inputs = vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])
+    seen, plain, zeroed = mine(vlm, inputs)
+    bridge = bridges.TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    given = {"input": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(**given)
+        for layer, ours in enumerate(seen):
+            assert torch.equal(cache[f"blocks.{layer}.mlp.hook_post"], ours)
+        assert torch.equal(logits, plain)
+        hooks = [(f"blocks.{neuron.layer}.mlp.hook_post", partial(silence, unit=neuron.unit)) for neuron in NEURONS]
+        silenced = bridge.run_with_hooks(**given, fwd_hooks=hooks)
+    torch.testing.assert_close(silenced, zeroed, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(zeroed, plain)
+
+
+def silence(activations: torch.Tensor, hook: object, unit: int) -> torch.Tensor:
+    """A hook of TransformerLens: activations [batch, positions, neurons]."""
+    activations[..., unit] = 0
+    return activations
