@@ -10,10 +10,11 @@ with mmn.zero(vlm, ranking.neurons):              # what happens without them
     vlm.caption(trace.image)
 """
 
-from mmn.anatomy import Anatomy, Neuron
+from mmn.anatomy import Anatomy
 from mmn.contribution import SCORES, NeuronRanking, contributions, rank
 from mmn.edit import Edit
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.heatmap import Heatmap, heatmap
 from mmn.images import list_images, open_image
 from mmn.intervene import mean_ablate, mean_activations, perturb, same_layer_random, scale, shuffle_image_tokens, zero

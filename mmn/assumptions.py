@@ -17,10 +17,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from mmn.anatomy import Neuron
 from mmn.contribution import contributions, through_norm
 from mmn.decompose import read_out
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
 from mmn.metrics import Interval, bootstrap, mean
 from mmn.nouns import Noun

@@ -28,8 +28,9 @@ from torch import Tensor
 
 import mmn
 from mmn import gallery, properties, scenes
-from mmn.anatomy import Neuron, image_grid
+from mmn.anatomy import image_grid
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.hooks import hooked
 from mmn.semantics import token_text, top_token_ids
 

@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("mmn.fetch", "fetch the pictures of SBU Captions"),
     "throughput": ("mmn.throughput", "pictures a second in batches, beside plain generation"),
     "replicate": ("mmn.workflow", "all measures on several models and many pictures, on one machine or a cluster"),
-    "anatomy": ("mmn.anatomy", "show where a model keeps its neurons, and check it by arithmetic"),
+    "anatomy": ("mmn.tree", "show where a model keeps its neurons, and check it by arithmetic"),
     "doctor": ("mmn.doctor", "check whether this machine will run the book, and say what to do if not"),
     "course": ("mmn.course", "editions of the chapters for students and instructors, slides, and points for what is handed in"),
     "families": ("mmn.families", "list the model families that were tried, and what was found"),

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmn.anatomy import Neuron
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.hooks import hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmn.anatomy import FFN
 from mmn.contribution import through_norm
+from mmn.ffn import FFN
 from mmn.hooks import Removable, hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace

@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmn.anatomy import Neuron, by_layer
 from mmn.contribution import contributions, through_norm
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, by_layer
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says

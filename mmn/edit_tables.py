@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from mmn import editors, hallucination, scenes
-from mmn.anatomy import Neuron
 from mmn.edit import Edit, located
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.intervene import same_layer_random
 from mmn.properties import OwnEncoder
 from mmn.scenes import CONCEPTS

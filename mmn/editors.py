@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mmn import scenes
-from mmn.anatomy import Neuron, by_layer
 from mmn.edit import Edit, located
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
 from mmn.intervene import same_layer_random, zero
 from mmn.lesson import Batch, Counts, Moments, Row, captions, lesson, loss_of, plural_of, replaced, says

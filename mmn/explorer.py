@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmn import plots
-from mmn.anatomy import Neuron
 from mmn.contribution import rank
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.heatmap import Heatmap, heatmap
 from mmn.intervene import same_layer_random, scale
 from mmn.nouns import Found, Noun

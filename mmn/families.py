@@ -26,8 +26,10 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
 
-from mmn.anatomy import FFN, Anatomy, Experts, Mixture, Neuron, find, is_linear, is_norm, overlooked, parts
+from mmn.anatomy import Anatomy, find, is_linear, is_norm
 from mmn.errors import MmnError
+from mmn.ffn import FFN, Experts, Mixture, Neuron, parts
+from mmn.tree import overlooked
 from mmn.vlm import quiet
 
 IMAGE, WORDS = 3, 320

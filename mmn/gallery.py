@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmn.anatomy import Neuron, by_layer
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
 from mmn.vlm import PREFIX, VLM
 

@@ -20,10 +20,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from mmn import metrics, scenes
-from mmn.anatomy import Neuron, by_layer
 from mmn.edit import Edit, located
 from mmn.editors import biased, decoding, forms
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
 from mmn.intervene import zero
 from mmn.lesson import removed, says

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmn.anatomy import Neuron, by_layer, image_grid
+from mmn.anatomy import image_grid
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
 from mmn.trace import Trace
 from mmn.vlm import VLM

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from mmn.anatomy import Neuron, Watcher, by_layer
 from mmn.errors import MmnError
+from mmn.ffn import Neuron, Watcher, by_layer
 from mmn.hooks import Removable, hooked
 from mmn.trace import Trace
 from mmn.vlm import VLM

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import mmn
 from mmn import metrics
-from mmn.anatomy import Neuron
 from mmn.contribution import SCORES, Scorer
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace

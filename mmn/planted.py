@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from mmn import oracle
-from mmn.anatomy import FFN, Neuron
 from mmn.contribution import Scorer, through_norm, towards_log_p
 from mmn.errors import MmnError
+from mmn.ffn import FFN, Neuron
 from mmn.hooks import Removable, hooked
 from mmn.nouns import Noun
 from mmn.trace import Recorder, Trace

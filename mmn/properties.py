@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 import mmn
 from mmn import metrics
-from mmn.anatomy import Neuron
 from mmn.contribution import SCORES
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
 from mmn.intervene import mean_ablate, scale, zero
 from mmn.metrics import Interval

@@ -14,8 +14,8 @@ import torch
 
 import mmn
 from mmn import properties, scenes
-from mmn.anatomy import Neuron
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.properties import Case
 from mmn.scenes import Scene
 from mmn.tables import Row, table

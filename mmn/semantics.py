@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmn.anatomy import Neuron
 from mmn.errors import MmnError
+from mmn.ffn import Neuron
 from mmn.vlm import VLM
 from mmn.weights import matrix
 

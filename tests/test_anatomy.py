@@ -22,7 +22,9 @@ from transformers import (
 )
 
 import mmn
-from mmn.anatomy import Mixture, Neuron, by_layer, describe, find, image_grid
+from mmn.anatomy import find, image_grid
+from mmn.ffn import Mixture, Neuron, by_layer
+from mmn.tree import describe
 
 
 def llava_on(text: PreTrainedConfig) -> Any:

@@ -13,7 +13,8 @@ import transformers
 
 import mmn
 from mmn import families
-from mmn.anatomy import describe, find
+from mmn.anatomy import find
+from mmn.tree import describe
 
 # One of each kind: separators between tiles, Q-Former and flat positions, GELU and sandwich norms, scaled logits, cross layers,
 # rotary sections, patches of any size, no gate.
