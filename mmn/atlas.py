@@ -57,6 +57,25 @@ class Best:
     which: Tensor
     grids: Tensor
 
+    def of(self, unit: int) -> dict[str, Any]:
+        """One neuron's pictures, its highest activation on each, and the heat of all as `_packed`."""
+        filled = self.values[:, unit] > 0
+        peaks = [round(float(value), 2) for value in self.values[filled, unit]]
+        return {"pictures": self.which[filled, unit].tolist(), "peaks": peaks, "heat": _packed(self.grids[filled, :, unit].numpy())}
+
+
+class Opened(Sequence[Image.Image]):
+    """Pictures that are read from disk when they are asked for, so that not all are in memory at once."""
+
+    def __init__(self, pictures: Sequence[Picture]):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: Any) -> Any:
+        return [picture.open() for picture in self.pictures[place]] if isinstance(place, slice) else self.pictures[place].open()
+
 
 @torch.no_grad()
 def excited(vlm: VLM, images: Sequence[Image.Image], batch_size: int = 16) -> tuple[list[Best], Tensor]:
@@ -118,15 +137,21 @@ def on_texts(vlm: VLM, texts: Sequence[str]) -> Tensor:
 
 
 def aurocs(highest: Tensor, shown: np.ndarray) -> np.ndarray:
-    """AUROC of every neuron for every concept, float32 `[concepts, neurons]`: highest `[pictures, neurons]`, shown bool
-    `[concepts, pictures]`. From mean ranks, in blocks of neurons (Mann and Whitney's U)."""
+    """AUROC of every neuron for every concept, `[concepts, neurons]`: highest `[pictures, neurons]`, shown bool
+    `[concepts, pictures]`. From mean ranks (Mann and Whitney's U)."""
     counts = shown.sum(1)
-    out = np.empty((len(shown), highest.shape[1]), np.float32)
-    for start in range(0, highest.shape[1], BLOCK):
-        ranks = rankdata(highest[:, start : start + BLOCK].float().numpy(), axis=0)
-        wins = shown @ ranks - (counts * (counts + 1) / 2)[:, None]
-        out[:, start : start + BLOCK] = wins / (counts * (len(highest) - counts))[:, None]
-    return out
+    wins = shown @ rankdata(highest.float().numpy(), axis=0) - (counts * (counts + 1) / 2)[:, None]
+    return wins / (counts * (len(highest) - counts))[:, None]
+
+
+def told(highest: Tensor, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every neuron's highest AUROC, float32 `[neurons]`, and the place of the concept it is of, in blocks of neurons; 0 where there
+    are no concepts."""
+    sure, place = np.zeros(highest.shape[1], np.float32), np.zeros(highest.shape[1], np.int64)
+    for start in range(0, highest.shape[1] if len(shown) else 0, BLOCK):
+        table = aurocs(highest[:, start : start + BLOCK], shown)
+        sure[start : start + BLOCK], place[start : start + BLOCK] = table.max(0), table.argmax(0)
+    return sure, place
 
 
 def effects(vlm: VLM, neurons: dict[Neuron, str], pictures: Sequence[Picture]) -> dict[Neuron, float]:
@@ -147,26 +172,21 @@ def effects(vlm: VLM, neurons: dict[Neuron, str], pictures: Sequence[Picture]) -
     return found
 
 
-def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: int = 0, batch_size: int = 16) -> dict[str, Any]:
+def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: int = 0, batch_size: int = 4) -> dict[str, Any]:
     """All that the page shows, as JSON can hold it; at most `most` neurons, those that tell a concept best, then the most excited.
 
     Raises MmnError for no pictures, and as `excited`."""
     if not pictures:
         raise MmnError("There are no pictures to show to the neurons: give at least one.")
-    images = [picture.open() for picture in pictures]
+    images = Opened(pictures)
     best, highest = excited(vlm, images, batch_size)
     names = sorted({name for picture in pictures for name in picture.objects or ()})
     shown = np.array([[name in (picture.objects or ()) for picture in pictures] for name in names], bool)
     shown = shown.reshape(len(names), len(pictures))  # also where nothing is known of any
     enough = shown.sum(1) >= LEAST
     names, shown = [name for name, keep in zip(names, enough, strict=True) if keep], shown[enough]
-    rng = np.random.default_rng(seed)
-    if names:
-        table = aurocs(highest, shown)
-        by_chance = int((aurocs(highest, shown[:, rng.permutation(len(pictures))]).max(0) >= SURE).sum())
-    else:
-        table, by_chance = np.zeros((1, highest.shape[1]), np.float32), 0
-    sure, place = table.max(0), table.argmax(0)
+    sure, place = told(highest, shown)
+    by_chance = int((told(highest, shown[:, np.random.default_rng(seed).permutation(len(pictures))])[0] >= SURE).sum())
     asked = [fact.text for fact in scenes.facts()[:: max(1, len(scenes.facts()) // 48)]]
     text = on_texts(vlm, asked).numpy()
     seen = highest.clamp(min=0).mean(0, dtype=torch.float32).numpy()
@@ -175,33 +195,32 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
     chosen = np.sort(order[: min(most, len(order))])
     chosen = chosen[peak[chosen] > 0]
     neurons = properties.neurons_at(tuple(vlm.anatomy.neurons), chosen)
+    seen_by = [best[neuron.layer].of(neuron.unit) for neuron in neurons]
+    layers, positions = len(best), best[0].grids.shape[1]
+    del best, highest  # the largest things here; what follows needs memory of its own
     concepts = {neuron: names[place[n]] for neuron, n in zip(neurons, chosen, strict=True) if names and sure[n] >= SURE}
     drops = effects(vlm, concepts, pictures)
     ids, weights = top_token_ids(vlm, neurons, WORDS)
     rows: list[dict[str, Any]] = []
     for row, (neuron, n) in enumerate(zip(neurons, chosen, strict=True)):
-        each, unit = best[neuron.layer], neuron.unit
-        filled = each.values[:, unit] > 0
         share = (seen[n] - text[n]) / max(seen[n] + text[n], 1e-9)
         rows.append(
             {
                 "layer": neuron.layer,
-                "unit": unit,
+                "unit": neuron.unit,
                 "words": ids[row].tolist(),
                 "weights": [round(float(value), 2) for value in weights[row]],
-                "pictures": each.which[filled, unit].tolist(),
-                "peaks": [round(float(value), 2) for value in each.values[filled, unit]],
-                "heat": _packed(each.grids[filled, :, unit].numpy()),
+                **seen_by[row],
                 "side": round(float(share), 2),
                 **({"concept": names.index(concepts[neuron]), "auroc": round(float(sure[n]), 3)} if neuron in concepts else {}),
                 **({"effect": round(float(drops[neuron]), 3)} if neuron in drops else {}),
             }
         )
     inputs = vlm.inputs(images[:1], [vlm.prompt], [mmn.PREFIX])
-    grid = image_grid(best[0].grids.shape[1], inputs)
+    grid = image_grid(positions, inputs)
     words = sorted({token for row in rows for token in row["words"]})
     about = {
-        "model": vlm.name, "hash": vlm.hash, "total": vlm.anatomy.total, "layers": len(best), "sure": SURE, "passed": len(concepts),
+        "model": vlm.name, "hash": vlm.hash, "total": vlm.anatomy.total, "layers": layers, "sure": SURE, "passed": len(concepts),
         "by_chance": by_chance, "pictures": len(pictures), "texts": len(asked),
     }  # fmt: skip
     sheet, tiles = _sheet(images)
@@ -245,7 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=400, help="pictures at most (default: %(default)s)")
     parser.add_argument("--most", type=int, default=6000, help="neurons on the page at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file of the page, *.html")
