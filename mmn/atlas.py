@@ -51,17 +51,24 @@ BLOCK = 512  # neurons ranked at once
 @dataclass(frozen=True, eq=False)
 class Best:
     """The pictures that excite every neuron of a layer most. values: highest activations `[BEST, neurons]`, falling. which: pictures,
-    int16 `[BEST, neurons]`. grids: heat at the image positions in steps of `values` / LEVELS, uint8 `[BEST, positions, neurons]`."""
+    int16 `[BEST, neurons]`. grids: heat at the image positions in steps of `values` / LEVELS, two positions to a byte, uint8
+    `[BEST, half of the positions, neurons]`."""
 
     values: Tensor
     which: Tensor
     grids: Tensor
+    positions: int
+
+    def heat(self, unit: int) -> Tensor:
+        """One neuron's heat, uint8 `[BEST, positions]`."""
+        grids = self.grids[..., unit]
+        return torch.stack((grids >> 4, grids & LEVELS), -1).flatten(1)[:, : self.positions]
 
     def of(self, unit: int) -> dict[str, Any]:
         """One neuron's pictures, its highest activation on each, and the heat of all as `_packed`."""
         filled = self.values[:, unit] > 0
         peaks = [round(float(value), 2) for value in self.values[filled, unit]]
-        return {"pictures": self.which[filled, unit].tolist(), "peaks": peaks, "heat": _packed(self.grids[filled, :, unit].numpy())}
+        return {"pictures": self.which[filled, unit].tolist(), "peaks": peaks, "heat": _packed(self.heat(unit)[filled].numpy())}
 
 
 class Opened(Sequence[Image.Image]):
@@ -95,9 +102,9 @@ def excited(vlm: VLM, images: Sequence[Image.Image], batch_size: int = 16) -> tu
         if kept is None:
             kept = best[layer] = Best(
                 torch.zeros(BEST, len(peak)), torch.full((BEST, len(peak)), -1, dtype=torch.int16),
-                torch.zeros(BEST, len(values), len(peak), dtype=torch.uint8),
+                torch.zeros(BEST, -(-len(values) // 2), len(peak), dtype=torch.uint8), len(values),
             )  # fmt: skip
-        if len(values) != kept.grids.shape[1]:
+        if len(values) != kept.positions:
             raise MmnError("The pictures differ in their number of image tokens: give pictures of one size.")
         slot = kept.values.argmin(0)
         new = (peak > kept.values.gather(0, slot[None])[0]).nonzero()[:, 0]
@@ -105,8 +112,9 @@ def excited(vlm: VLM, images: Sequence[Image.Image], batch_size: int = 16) -> tu
             at = slot[new]
             kept.values[at, new] = peak[new]
             kept.which[at, new] = picture
-            scaled = values[:, new] / peak[new] * LEVELS
-            kept.grids[at, :, new] = scaled.clamp(0, LEVELS).round().to(torch.uint8).T
+            levels = torch.zeros(2 * kept.grids.shape[1], len(new), dtype=torch.uint8)
+            levels[: len(values)] = (values[:, new] / peak[new] * LEVELS).clamp(0, LEVELS).round()
+            kept.grids[at, :, new] = (levels[::2] << 4 | levels[1::2]).T
 
     gallery.read_pictures(vlm, images, reader, batch_size)
     kept = [each for each in best if each is not None]
@@ -119,7 +127,7 @@ def excited(vlm: VLM, images: Sequence[Image.Image], batch_size: int = 16) -> tu
 def _sorted(best: Best) -> Best:
     order = best.values.argsort(0, descending=True)
     grids = best.grids.gather(0, order[:, None].expand(-1, best.grids.shape[1], -1))
-    return Best(best.values.gather(0, order), best.which.gather(0, order), grids)
+    return Best(best.values.gather(0, order), best.which.gather(0, order), grids, best.positions)
 
 
 @torch.no_grad()
@@ -196,7 +204,7 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
     chosen = chosen[peak[chosen] > 0]
     neurons = properties.neurons_at(tuple(vlm.anatomy.neurons), chosen)
     seen_by = [best[neuron.layer].of(neuron.unit) for neuron in neurons]
-    layers, positions = len(best), best[0].grids.shape[1]
+    layers, positions = len(best), best[0].positions
     del best, highest  # the largest things here; what follows needs memory of its own
     concepts = {neuron: names[place[n]] for neuron, n in zip(neurons, chosen, strict=True) if names and sure[n] >= SURE}
     drops = effects(vlm, concepts, pictures)

@@ -38,7 +38,7 @@ def test_the_best_pictures_are_those_of_all_heatmaps():
         assert mine.which[:some, neuron.unit].tolist() == order[:some].tolist()
         if some:
             heat = maps[order[0], place] / values[0] * atlas.LEVELS
-            assert (mine.grids[0, :, neuron.unit].float() - heat.clamp(0, atlas.LEVELS)).abs().max() <= 0.51
+            assert (mine.heat(neuron.unit)[0].float() - heat.clamp(0, atlas.LEVELS)).abs().max() <= 0.51
 
 
 def test_aurocs_are_scikit_learns():
@@ -55,6 +55,16 @@ def test_heat_is_packed_two_to_a_byte():
     grids = np.arange(15).reshape(3, 5) % 16
     raw = base64.b64decode(atlas._packed(grids.astype(np.uint8)))
     assert [nibble for byte in raw for nibble in (byte >> 4, byte & 15)][:15] == grids.ravel().tolist()
+
+
+def test_heat_at_an_odd_number_of_positions_is_read_as_it_was_written():
+    levels = torch.randint(0, atlas.LEVELS + 1, (5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    grids = torch.zeros(atlas.BEST, 3, 3, dtype=torch.uint8)
+    padded = torch.cat((levels, levels.new_zeros(1, 3)))
+    grids[1] = padded[::2] << 4 | padded[1::2]
+    best = atlas.Best(torch.ones(atlas.BEST, 3), torch.zeros(atlas.BEST, 3, dtype=torch.int16), grids, 5)
+    for unit in range(3):
+        assert torch.equal(best.heat(unit)[1], levels[:, unit]) and not best.heat(unit)[0].any()
 
 
 def test_what_it_says_of_neurons_is_true(found):
