@@ -38,7 +38,9 @@ class Claim:
     @property
     def verdict(self) -> str:
         """`holds`: the interval lies above the control's and the figure reaches the bar. `in part`: above the control, below the bar.
-        `not shown`: anything else."""
+        `the reverse`: the interval lies below the control's. `not shown`: anything else."""
+        if self.control is not None and self.found.high < self.control.low:
+            return "the reverse"
         above = self.control is None or self.found.low > self.control.high
         reached = self.bar is None or self.found.value >= self.bar
         return "holds" if above and reached else "in part" if above and self.control is not None else "not shown"
@@ -108,9 +110,9 @@ def page(folder: Path) -> str:
     import nbformat
 
     rows = collect(folder)
-    hold = rows["verdict"].eq("holds").sum()
-    text = f"Of {len(rows)} claims {hold} hold on the shipped model, {rows['verdict'].eq('in part').sum()} hold in part, and "
-    text += f"{rows['verdict'].eq('not shown').sum()} are not shown.\n"
+    counts = {verdict: rows["verdict"].eq(verdict).sum() for verdict in ("holds", "in part", "not shown", "the reverse")}
+    text = f"Of {len(rows)} claims {counts['holds']} hold on the shipped model, {counts['in part']} hold in part, "
+    text += f"{counts['not shown']} are not shown, and {counts['the reverse']} turned out the reverse.\n"
     for chapter, part in rows.groupby("chapter", sort=True):
         first = nbformat.read(folder / f"{chapter}.ipynb", as_version=4).cells[0].source
         title = first.splitlines()[0].lstrip("# ").split(":")[0]

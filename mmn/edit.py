@@ -66,7 +66,7 @@ class Edit:
         return float(self.changes.norm())
 
     def __str__(self) -> str:
-        return f"{self.source} -> {self.target}: {len(self.neurons)} writes of {self.model_hash} changed by {self.norm:.3g}"
+        return f"{self.source} -> {self.target or '(left out)'}: {len(self.neurons)} writes of {self.model_hash} changed by {self.norm:.3g}"
 
     def inverted(self) -> Edit:
         """The edit that undoes this one where both are applied."""
@@ -81,7 +81,8 @@ class Edit:
         for edit in (self, other):
             changes[[neurons.index(neuron) for neuron in edit.neurons]] += edit.changes
         report = {"sum of": [self.report, other.report]}
-        return Edit(neurons, changes, self.model_hash, f"{self.source} + {other.source}", f"{self.target} + {other.target}", report)
+        target = " + ".join(word for word in (self.target, other.target) if word)
+        return Edit(neurons, changes, self.model_hash, f"{self.source} + {other.source}", target, report)
 
     # ---------------------------------------------------------------------------------------------------------- application
 
