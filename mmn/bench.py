@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmn import costs, scenes
+from mmn import atlas, costs, scenes, sources
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
 from mmn.nouns import Noun
-from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
+from mmn.vlm import PREFIX, PROMPT, VLM, load, place, quiet
 
 
 def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 50) -> dict[str, Any]:
@@ -86,6 +86,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def atlas_memory(shape: costs.Shape, pictures: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """GiB that the atlas of a random model of this shape holds at its peak, above what the loaded model takes; nan where the system does
+    not say."""
+    vlm = costs.build(shape, device=device, dtype=dtype)
+    shown = sources.load("scenes", pictures, 0)
+    return costs.peak(lambda: atlas.compute(vlm, shown), torch.device(device)) / 1024
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn bench`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
@@ -93,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="times each thing is done (default: %(default)s)")
     parser.add_argument("--shapes", nargs="*", default=list(costs.SWEEPS), metavar="NAME",
                         help=f"random models to compare ways on; no name: none (default: {' '.join(costs.SWEEPS)})")  # fmt: skip
+    parser.add_argument("--atlas", type=int, metavar="LAYERS",
+                        help="only the atlas' peak memory, on random layers of LLaVA-1.5-7B's shape, so many")  # fmt: skip
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the table as bench.csv and bench.json there")
@@ -101,8 +111,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mmn bench`."""
-    figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
     device = "cuda" if str(args.device_map).startswith(("cuda", "auto")) and torch.cuda.is_available() else "cpu"
+    if args.atlas is not None:
+        kind = place(args.device_map, args.dtype)
+        if args.atlas < 1 or not isinstance(kind, torch.dtype):
+            raise MmnError("--atlas is a number of layers of at least 1, in float32, bfloat16 or float16.")
+        memory = atlas_memory(costs.SEVEN._replace(layers=args.atlas), args.pictures, device, kind)
+        print(f"{args.atlas} layers, {args.pictures} pictures: the atlas takes {memory:.2f} GiB above the loaded model")
+        return 0
+    figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
     table = costs.costs(args.shapes, device, args.dtype, args.repeats)
     machine = {"processor": costs.processor(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     figures |= {"machine": machine, "dtype": args.dtype, "repeats": args.repeats}

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import mmn
-from mmn import bench
+from mmn import atlas, bench, costs
 
 
 def test_figures() -> None:
@@ -32,3 +32,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert {"record_overhead", "rank_overhead"} <= set(json.loads(capsys.readouterr().out))
     assert bench.run(parser.parse_args(["--model", str(tmp_path), "--pictures", "1", "--repeats", "1", "--shapes"])) == 0
     assert "recording: " in capsys.readouterr().out
+
+
+def test_memory_of_the_atlas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What every neuron needs is held: four grids of half a byte a place, at least; bad numbers are refused before a model is built."""
+    small = costs.Shape(64, 20_000, 4008, 2)
+    least = small.layers * small.neurons * atlas.BEST * 24 * 24 / 2 / 2**30
+    assert least < bench.atlas_memory(small, 4) < 2
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for options in (["--atlas", "0"], ["--atlas", "1", "--dtype", "auto"]):
+        with pytest.raises(mmn.MmnError, match="a number of layers"):
+            bench.run(parser.parse_args(options))
+    monkeypatch.setattr(costs, "SEVEN", small)
+    assert bench.run(parser.parse_args(["--atlas", "1", "--pictures", "4"])) == 0
+    assert capsys.readouterr().out.startswith("1 layers, 4 pictures: the atlas takes 0.")

@@ -91,7 +91,9 @@ def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
     chapter(tmp_path, "04_a.ipynb", rows[:1])
     chapter(tmp_path, "05_b.ipynb", rows[1:])
     text = claims.page(tmp_path)
-    assert text.startswith("Of 2 claims 1 hold on the shipped model, 0 hold in part, 1 are not shown, and 0 turned out the reverse.")
+    assert text.startswith(
+        "Of 2 claims 1 hold on the shipped model, 0 hold in part, 1 are not shown, and 0 turned out the reverse."
+    )
     assert text.index("notebooks/04_a") < text.index("a / b") < text.index("notebooks/05_b") < text.index("| c |")
     assert "m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds**" in text
 
