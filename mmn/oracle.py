@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import mmn
 from mmn import metrics
@@ -59,7 +60,7 @@ class Moment:
         ids = inputs["input_ids"]
         before = {k: v[:, :-1] if v.shape[:2] == ids.shape and k != "pixel_values" else v for k, v in inputs.items()}
         with torch.no_grad():
-            self._cache = vlm.model(**before, use_cache=True).past_key_values
+            self._reader, self._cache = _read(vlm, before)
         self._last, self._length = ids[:, -1:], ids.shape[1]
         self._packs()  # now, while no watcher is on
 
@@ -76,7 +77,7 @@ class Moment:
         cache.batch_repeat_interleave(rows)
         mask = self._last.new_ones(rows, self._length)
         given = {"input_ids": self._last.expand(rows, 1), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        return self.vlm.model(**given).logits[:, -1].float()
+        return self._reader(**given).logits[:, -1].float()
 
     def _packed(self, rows: int) -> Tensor:
         """The copies side by side in one sequence, all at the same position; each sees what stands before and itself alone."""
@@ -89,7 +90,7 @@ class Moment:
         places = self._last.new_full((1, rows), before)
         cache = copy.deepcopy(self._cache)
         given = {"input_ids": self._last.expand(1, rows), "attention_mask": mask[None, None], "position_ids": places}
-        return self.vlm.model(**given, past_key_values=cache, use_cache=True).logits[0].float()
+        return self._reader(**given, past_key_values=cache, use_cache=True).logits[0].float()
 
     @torch.no_grad()
     def _packs(self) -> bool:
@@ -118,6 +119,24 @@ class Moment:
         """log p, logit and centred logit of the noun's token: `[rows, 3]`."""
         own = logits[:, self.token]
         return torch.stack([own - logits.logsumexp(-1), own, own - logits.mean(-1)], -1).cpu()
+
+
+def _read(vlm: VLM, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
+    """What goes on from a cache of keys and values, and that cache after `inputs`: the model itself or, where it takes none, the model of
+    words inside it, as in InstructBLIP. Raises MmnError for a model without one."""
+    found: list[tuple[nn.Module, Any]] = []  # from the inside to the outside
+
+    def keep(module: nn.Module, _: Any, out: Any) -> None:
+        if getattr(out, "logits", None) is not None and getattr(out, "past_key_values", None) is not None:
+            found.append((module, out.past_key_values))
+
+    with hooked(module.register_forward_hook(keep) for module in vlm.model.modules() if isinstance(module, PreTrainedModel)):
+        vlm.model(**inputs, use_cache=True)
+    if not found:
+        raise MmnError(
+            f"{vlm.name} keeps no keys and values of what it has read, which the causal oracle needs: choose another model."
+        )
+    return found[-1]
 
 
 def _watched(vlm: VLM, handles: Sequence[Any], packed: bool) -> Any:

@@ -8,12 +8,14 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import real
 import tiny
 import torch
 
 import mmn
 from mmn import oracle
 from mmn.calibration import Calibration
+from mmn.hooks import hooked
 from mmn.nouns import Noun
 
 
@@ -54,6 +56,33 @@ def test_each_effect_is_that_of_the_whole_sequence_read_again(case) -> None:
         )
         for got, expected in zip((effects.log_p, effects.logit, effects.centred), right, strict=True):
             assert float(got[place]) == pytest.approx(float(expected), abs=2e-5)
+
+
+def test_a_model_that_hands_its_words_on_to_another(monkeypatch) -> None:
+    """InstructBLIP's own forward takes no cache; the model of words inside it does."""
+    vlm = real.vlm("instructblip")
+    trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=4)
+    noun = Noun("x", "x", int(trace.tokens[2]), 2, (0, 1))
+    effects = oracle.oracle(vlm, trace, noun, batch=7)
+    start = 0
+    for ffn in vlm.anatomy.ffns:
+
+        def silence(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            changed = args[0].clone()
+            changed.view(-1, changed.shape[-1])[-1, 1] = 0  # one row of positions
+            return (changed,)
+
+        inputs = vlm.replay(trace, noun.step)
+        with torch.no_grad():
+            base = vlm.model(**inputs).logits[0, -1].log_softmax(-1)[noun.token]
+            with hooked([ffn.projection.register_forward_pre_hook(silence)]):
+                now = vlm.model(**inputs).logits[0, -1].log_softmax(-1)[noun.token]
+        assert float(effects.log_p[start + 1]) == pytest.approx(float(base - now), abs=2e-5)
+        start += ffn.neurons
+    assert float(effects.log_p.abs().max()) > 1e-4
+    monkeypatch.setattr(oracle, "PreTrainedModel", torch.nn.Bilinear)
+    with pytest.raises(mmn.MmnError, match="keeps no keys and values"):
+        oracle.Moment(vlm, trace, noun)
 
 
 def test_the_last_layers_gradient_agrees_with_small_effects(case) -> None:
