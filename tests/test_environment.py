@@ -20,7 +20,7 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def required(groups: tuple[str, ...] = ("book", "test", "real", "others")) -> list[Requirement]:
+def required(groups: tuple[str, ...] = ("book", "test", "real", "nouns", "others")) -> list[Requirement]:
     lines = list(project()["dependencies"])
     for group in groups:
         lines += project()["optional-dependencies"][group]
@@ -67,7 +67,7 @@ def test_conda_names_nothing_else() -> None:
     found, other = conda()
     assert SpecifierSet(project()["requires-python"]).contains(found.pop("python"))
     assert set(found) == {canonicalize_name(r.name) for r in required(("book", "test"))}
-    assert other == ["pip", "."]
+    assert other == ["pip", "spacy-model-en_core_web_sm", "."]
 
 
 def test_pins_are_exact_and_name_no_machine() -> None:

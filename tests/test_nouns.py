@@ -1,7 +1,9 @@
 """Every noun keeps the token it was said with; two lists of which one was filtered do not."""
 
+import pytest
+
 import mmn
-from mmn import properties, scenes
+from mmn import nouns, properties, scenes
 
 
 def test_a_nouns_token_is_the_one_the_model_said_there():
@@ -27,3 +29,30 @@ def test_zipping_nouns_and_tokens_after_filtering_one_list_gives_nouns_other_nou
     names = {text: vlm.tokenizer.decode([token]).strip() for text, token in zipped.items()}
     assert names == {"crown": "crown", "bear": "crown"}, "the bear got the crown's token"
     assert {text: vlm.tokenizer.decode([token]).strip() for text, token in ours.items()} == {"crown": "crown", "bear": "bear"}
+
+
+def test_the_rule_of_thumb_on_a_real_caption():
+    found = nouns.guessed_nouns("An image of two brown dogs and a small kitchen table next to the window.")
+    assert found == [("dogs", "dog", (22, 26)), ("table", "table", (47, 52)), ("window", "window", (65, 71))]
+
+
+def test_spacys_tags_where_it_is_installed(monkeypatch):
+    """An optional part (pip install '.[nouns]'): a pipeline whose tags are known, in the place of the trained one."""
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    rules = pipeline.add_pipe("attribute_ruler")
+    for words, tag, lemma in ((["dogs"], "NOUN", "Dog"), (["kitchen"], "NOUN", "kitchen"), (["brown"], "ADJ", "brown")):
+        rules.add([[{"LOWER": {"IN": words}}]], {"POS": tag, "LEMMA": lemma})
+    nouns._tagger.cache_clear()
+    monkeypatch.setattr(spacy, "load", lambda name: {"en_core_web_sm": pipeline}[name])
+    try:
+        text = "Two brown Dogs in a kitchen"
+        assert nouns.lexicon(False)(text) == [("Dogs", "dog", (10, 14)), ("kitchen", "kitchen", (20, 27))]
+        assert nouns.lexicon(True) is nouns.scene_nouns
+    finally:
+        nouns._tagger.cache_clear()
+
+
+def test_without_spacy_the_rule_of_thumb_is_taken(monkeypatch):
+    monkeypatch.setattr(nouns, "_tagger", lambda: None)
+    assert nouns.lexicon(False) is nouns.guessed_nouns
