@@ -32,6 +32,7 @@ from mmn.anatomy import image_grid
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import hooked
+from mmn.paths import put
 from mmn.semantics import token_text, top_token_ids
 
 if TYPE_CHECKING:
@@ -281,7 +282,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`mmn atlas`. Raises MmnError for bad input."""
     from mmn import sources
-    from mmn.workflow import put
 
     pictures = sources.load(args.images, args.count, args.seed)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)

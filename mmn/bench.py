@@ -27,6 +27,7 @@ from mmn import atlas, costs, scenes, sources
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
 from mmn.nouns import Noun
+from mmn.paths import put
 from mmn.vlm import PREFIX, PROMPT, VLM, load, place, quiet
 
 
@@ -124,10 +125,9 @@ def run(args: argparse.Namespace) -> int:
     machine = {"processor": costs.processor(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     figures |= {"machine": machine, "dtype": args.dtype, "repeats": args.repeats}
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         record = json.dumps({"command": "mmn bench", **figures}, indent=1)
-        (args.out / "bench.json").write_text(record + "\n", encoding="utf-8")
-        table.to_csv(args.out / "bench.csv", index=False, float_format="%.5g")
+        put(args.out / "bench.json", record + "\n")
+        put(args.out / "bench.csv", table.to_csv(index=False, float_format="%.5g"))
     if args.json:
         print(json.dumps(figures | {"shapes": json.loads(table.to_json(orient="records"))}, indent=1))
         return 0

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mmn.errors import MmnError
-from mmn.workflow import PACKAGES, commit, put
+from mmn.paths import put
+from mmn.workflow import PACKAGES, commit
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CELL_SECONDS = 3600  # after which a cell is given up

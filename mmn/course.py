@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmn.errors import MmnError
+from mmn.paths import put
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,5 +300,5 @@ def _grade(args: argparse.Namespace) -> int:
         print(table.to_string(index=False), flush=True)
         record[submission.name] = table.to_dict("records")
     if args.json:
-        args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        put(args.json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return 0

@@ -15,7 +15,6 @@ active at linearly, so the least change that moves them as wanted is a ridge reg
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from mmn.ffn import Neuron, by_layer
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says
+from mmn.paths import whole
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, VLM
 
@@ -155,16 +155,10 @@ class Edit:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the edit as one safetensors file, whole or not at all. Raises MmnError where it cannot be written."""
         file = Path(path)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
         words = {"model_hash": self.model_hash, "source": self.source, "target": self.target, "report": json.dumps(self.report)}
         tensors = {"neurons": torch.tensor(self.neurons).reshape(-1, 2), "changes": self.changes.contiguous()}
-        try:
+        with whole(file) as part:
             save_file(tensors, part, {"format": FORMAT, **words})
-            part.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise MmnError(f"The edit could not be written to {file} ({error}): choose another place.") from None
-        finally:
-            part.unlink(missing_ok=True)
         return file
 
     @classmethod

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmn.errors import MmnError
+from mmn.paths import whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -151,21 +151,13 @@ def merged(vlm: VLM, edits: Sequence, out: Path) -> None:
     """Write a checkpoint, whole or not at all, that has some edits in its weights and needs nothing of this package.
 
     Raises MmnError on another model than the edits', and for weights that cannot be changed."""
-    import shutil
     from contextlib import ExitStack
 
     from mmn.vlm import quiet
 
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with ExitStack() as stack:
-            for edit in edits:
-                stack.enter_context(edit.applied(vlm, "weights"))
-            stack.enter_context(quiet())
-            vlm.model.save_pretrained(part)
-            vlm.processor.save_pretrained(part)
-        part.rename(out)
-    except OSError as error:
-        raise MmnError(f"The checkpoint could not be written to {out} ({error.strerror}): choose another place.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with whole(out) as part, ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit.applied(vlm, "weights"))
+        stack.enter_context(quiet())
+        vlm.model.save_pretrained(part)
+        vlm.processor.save_pretrained(part)

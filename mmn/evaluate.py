@@ -24,6 +24,7 @@ import mmn
 from mmn import metrics, scenes
 from mmn.errors import MmnError
 from mmn.metrics import Interval
+from mmn.paths import put
 
 # Figure, what it must reach, and its chance level or control.
 TARGETS = {
@@ -247,9 +248,7 @@ def write_card(card: Path, text: str, model_hash: str) -> None:
     if start not in old or end not in old:
         raise MmnError(f"{card} has no lines {start!r} and {end!r} to put the figures between.")
     block = f"{start}\nModel hash `{model_hash}`.\n\n```text\n{text}\n```\n"
-    part = card.with_suffix(".part")
-    part.write_text(old[: old.index(start)] + block + old[old.index(end) :])
-    part.replace(card)
+    put(card, old[: old.index(start)] + block + old[old.index(end) :])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,9 +268,7 @@ def run(args: argparse.Namespace) -> int:
     figures = evaluate(vlm, args.scenes, args.batch)
     text = json.dumps(record(vlm, figures, args.scenes), indent=1, ensure_ascii=False)
     if args.out:
-        part = args.out.with_suffix(".part")
-        part.write_text(text + "\n")
-        part.replace(args.out)
+        put(args.out, text + "\n")
     if args.card:
         write_card(args.card, table(figures), vlm.hash)
     print(text if args.json else table(figures))

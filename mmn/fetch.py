@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from mmn.errors import MmnError
 from mmn.images import MAX_PIXELS, open_image
+from mmn.paths import put
 
 AGENT = "mmn/0.1 (research on vision-language models; a few pictures a second)"
 A_HOST = 4  # connections to one host at once
@@ -165,9 +166,7 @@ def fetch(
                 handle.write(json.dumps(asdict(row)) + "\n")
                 handle.flush()
     frame = pd.DataFrame([asdict(rows[number]) for number in sorted(rows)], columns=list(Got.__dataclass_fields__))
-    part = out / "manifest.csv.part"
-    frame.to_csv(part, index=False)
-    os.replace(part, out / "manifest.csv")
+    put(out / "manifest.csv", frame.to_csv(index=False))
     return frame
 
 

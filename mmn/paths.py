@@ -1,8 +1,14 @@
-"""Where the data that comes with the package is: beside it in a checkout, inside it once installed."""
+"""Files: where the data that comes with the package is (beside it in a checkout, inside it once installed), and how one is written."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mmn.errors import MmnError
 
@@ -14,3 +20,28 @@ def data_path(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise MmnError(f"The shipped data has no {name!r}; install the package again, or make it as data/README.md says.")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file or a folder to: it becomes `path` when the block ends well, and vanishes when it does not. Only a kill
+    leaves it behind, as `.NAME.PID.part`.
+
+    Raises MmnError where nothing can be written, such as on a full disk."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MmnError(f"{path} could not be written ({reason}): free some space or choose another place.") from error
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises MmnError where it cannot be written."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,7 +25,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from mmn.errors import MmnError
-from mmn.paths import data_path
+from mmn.paths import data_path, put
 
 if TYPE_CHECKING:
     from mmn.vlm import VLM
@@ -121,16 +120,10 @@ def write(
         "versions": {package: version(package) for package in ("mmn", "torch", "transformers", "numpy")},
         "columns": chosen.columns,
     }
-    _put(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    _put(folder / f"{stem}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    put(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    put(folder / f"{stem}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     part.unlink()
     return frame
-
-
-def _put(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".new")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def read(name: str, vlm: VLM | None = None, *, label: str = "", folder: Path | None = None) -> pd.DataFrame:

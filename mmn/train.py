@@ -48,6 +48,7 @@ from transformers import (
 
 from mmn import scenes
 from mmn.errors import MmnError
+from mmn.paths import whole
 
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
@@ -521,12 +522,11 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
     warm_up = max(1, min(300, length // 10))
 
     def save(step: int) -> None:
-        part = state.with_suffix(".part")
         saved = {"module": module.state_dict(), "step": step, "steps": steps}
         if step < steps:
             saved |= {"mean": mean.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in chosen]}
-        torch.save(saved, part)
-        os.replace(part, state)
+        with whole(state) as part:
+            torch.save(saved, part)
 
     saved_at = time.monotonic()
     smooth = 0.0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmn.errors import MmnError
+from mmn.paths import put
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--profile", help="a Snakemake profile: slurm, or a folder (default: this machine)")
     run.add_argument("--dry-run", action="store_true", help="say what would be computed and about how long it would take")
     step = commands.add_parser("step", help="one piece of a run; Snakemake calls this")
-    step.add_argument("stage", choices=("rankings", "properties", "edits", "tables"))
+    step.add_argument("stage", choices=("rankings", "properties", "edits"))
     step.add_argument("--out", type=Path, required=True, help="folder of the run")
     step.add_argument("--model", help="its name in settings.json")
     step.add_argument("--shard", type=int, help="which piece")
@@ -116,17 +116,6 @@ def read_settings(out: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def csv(frame: pd.DataFrame) -> str:
     """A table as text, the same on every machine."""
     return frame.to_csv(index=False, lineterminator="\n")
@@ -159,9 +148,6 @@ def _step(args: argparse.Namespace) -> int:
     from mmn import stages
 
     settings = read_settings(args.out)
-    if args.stage == "tables":
-        gather(args.out)
-        return 0
     folder = args.out / "parts" / args.model
     suffix = "" if args.shard is None else f"-{args.shard}"
     started = time.perf_counter()
@@ -286,6 +272,8 @@ def _run(args: argparse.Namespace) -> int:
     except Timeout:
         raise MmnError(f"Another run is at work in {args.out}: wait for it, or stop it.") from None
     with lock:
+        for left in args.out.rglob(".*.part"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         if args.dry_run:
             print(forecast(args.out, settings, args.jobs))
             return _snakemake(args, ["--dry-run", "--quiet", "rules"]).returncode

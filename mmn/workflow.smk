@@ -1,4 +1,4 @@
-# The experiment graph of the replication report, for Snakemake: model x shard of pictures -> rankings -> properties; model -> edits; tables.
+# The experiment graph of the replication report, for Snakemake: model x shard of pictures -> rankings -> properties; model -> edits.
 # `mmn replicate run` writes settings.json and calls Snakemake in the folder of the run; every rule is one call of `mmn replicate step`.
 import sys
 
@@ -12,7 +12,9 @@ wildcard_constraints:
     shard=r"\d+",
 
 rule all:
-    input: "tables/summary.csv"
+    input:
+        expand("parts/{model}/properties-{shard}.csv", model=MODELS, shard=SHARDS),
+        expand("parts/{model}/edits.csv", model=MODELS if config["edits"] else []),
 
 rule rankings:
     output:
@@ -38,12 +40,3 @@ rule edits:
     threads: workflow.cores
     resources: gpu=config["gpus"], mem_mb=config["mem_mb"], runtime=config["minutes"]
     shell: STEP + " edits --model {wildcards.model} 2> {log}"
-
-rule tables:
-    input:
-        expand("parts/{model}/properties-{shard}.csv", model=MODELS, shard=SHARDS),
-        expand("parts/{model}/edits.csv", model=MODELS if config["edits"] else []),
-    output: "tables/summary.csv"
-    log: "logs/tables.log"
-    localrule: True
-    shell: STEP + " tables 2> {log}"

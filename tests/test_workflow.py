@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,9 +28,13 @@ def parsed(*words):
     return parser.parse_args(["run", *words])
 
 
-def started(out: Path, *more: str) -> subprocess.Popen:
+def started(out: Path, *more: str, largest: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+    """A run of its own process, whose files, and those of what it starts, cannot grow beyond `largest` bytes."""
     command = [sys.executable, "-m", "mmn.cli", "replicate", "run", "--out", str(out), *OPTIONS, *more]  # the last of two counts
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,22 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp
     assert last.returncode == 0, output
     for name in (*(f"{name}.csv" for name in TABLES), "tables.json"):
         assert (out / "tables" / name).read_bytes() == (whole / "tables" / name).read_bytes(), name
-    assert not list(out.rglob("*.new"))
+    assert not list(out.rglob("*.part"))
+
+
+def test_where_nothing_more_can_be_written_it_says_so_and_goes_on_later(tmp_path):
+    out = tmp_path / "full"
+    few = ("--count", "2", "--shards", "1")
+    run = started(out, *few, largest=8000)  # captions and rankings fit, the properties do not
+    said, complaints = run.communicate()
+    assert run.returncode == 1 and "2 captions, 0 measures, 1 problems" in said
+    (line,) = [line for line in complaints.splitlines() if line]
+    assert line.startswith("tiny-llava, properties: shard 0 is missing:") and "(File too large): free some space" in line
+    problems = pd.read_csv(out / "tables" / "problems.csv", keep_default_na=False)
+    assert list(problems["stage"]) == ["properties"]
+    last = started(out, *few)
+    said, complaints = last.communicate()
+    assert last.returncode == 0 and "2 captions" in said and " 0 measures" not in said and " 0 problems" in said, complaints
 
 
 def test_a_broken_picture_and_a_broken_model_are_a_line_each_and_the_rest_is_done(tmp_path):
