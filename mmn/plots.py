@@ -158,23 +158,17 @@ def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple
 def zeroing(effects: Mapping[str, tuple[float, Sequence[float]]], ax: Axes | None = None, xlabel: str = "") -> Axes:
     """Bars: for each noun the effect of zeroing the neurons found, beside that of same-layer random ones.
 
-    `effects` maps a noun to the effect of the neurons found and to those of the random draws. The lower bar is the
-    draws' mean, its whisker their 2.5th to 97.5th percentile, its dots the draws."""
-    ax = _axes(ax, 6.0, 0.9 + 0.7 * len(effects))
+    `effects` maps a noun to the effect of the neurons found and to those of the random draws, of which each is a dot."""
+    ax = _axes(ax, 6.0, 1.1 + 0.6 * len(effects))
     rows = np.arange(len(effects))
     for row, (found, draws) in zip(rows, effects.values(), strict=True):
-        low, high = np.percentile(draws, [2.5, 97.5])
-        mean = float(np.mean(draws))
-        ax.barh(row - 0.19, found, 0.34, color=VERMILION, label="neurons found" if row == 0 else None)
-        ax.barh(row + 0.19, mean, 0.34, color=GREY, hatch="//", edgecolor="white",
-                label=f"same-layer random, {len(draws)} draws" if row == 0 else None)  # fmt: skip
-        ax.plot([low, high], [row + 0.19] * 2, color="black", lw=1.4, solid_capstyle="butt")
-        ax.plot(draws, np.full(len(draws), row + 0.19), ".", color="black", ms=3, alpha=0.5)
+        ax.barh(row - 0.15, found, 0.36, color=VERMILION, label="neurons found" if row == 0 else None)
+        dots = f"same-layer random, {len(draws)} draws, a dot each" if row == 0 else None
+        ax.plot(draws, np.full(len(draws), row + 0.25), "o", color=GREY, ms=5, alpha=0.6, mec="none", label=dots)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set(yticks=rows, yticklabels=[label(noun) for noun in effects], xlabel=xlabel)
-    ax.invert_yaxis()
+    ax.set(yticks=rows, yticklabels=[label(noun) for noun in effects], xlabel=xlabel, ylim=(len(effects) - 0.4, -0.6))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return ax
 
 
