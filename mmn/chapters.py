@@ -18,7 +18,7 @@ from typing import Any
 
 from mmn.errors import MmnError
 from mmn.paths import put
-from mmn.workflow import PACKAGES, commit
+from mmn.pieces import PACKAGES, commit
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CELL_SECONDS = 3600  # after which a cell is given up

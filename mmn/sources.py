@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,23 @@ def load(images: str = "", count: int = 1000, seed: int = 0) -> list[Picture]:
     if kind in ("sbu", "coco") and rest:
         folder, _, part = rest.partition(":")
         return (_sbu(Path(folder), part) if kind == "sbu" else _coco(Path(folder), part or "val2017"))[:count]
-    return [Picture(path.name, path=path) for path in list_images(images)[:count]]
+    return [Picture(_readable(path.name), path=path) for path in list_images(images)[:count]]
+
+
+def _readable(name: str) -> str:
+    """A file's name as text that can be written: bytes that are no UTF-8 are spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def absolute(images: str) -> str:
+    """A source whose folder is given in full, so that it can be found from anywhere."""
+    if images in ("", "scenes"):
+        return "scenes"
+    kind, colon, rest = images.partition(":")
+    if kind in ("sbu", "coco") and rest:
+        folder, other, part = rest.partition(":")
+        return f"{kind}{colon}{Path(folder).expanduser().resolve()}{other}{part}"
+    return str(Path(images).expanduser().resolve())
 
 
 def _sbu(folder: Path, part: str) -> list[Picture]:

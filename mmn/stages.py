@@ -44,7 +44,7 @@ COLUMNS = {
     "rankings": ("picture", "noun", "token", "step", "logp", "place", "layer", "unit", "activation", "contribution"),
     "properties": ("picture", "noun", "property", "measure", "neurons", "k", "value"),
     "edits": ("source", "target", "neurons", "picture", "measure", "value"),
-    "problems": ("picture", "stage", "problem"),
+    "problems": ("picture", "stage", "kind", "problem"),
 }
 UNITS = {
     "tokens": "ids, space between",
@@ -54,6 +54,7 @@ UNITS = {
     "place": "1 is the highest contribution",
     "contribution": "logits, direct score",
     "k": "neurons",
+    "kind": "missing: results are missing; note: something to know",
     "value": "in the measure's unit: overlaps, IoU and shares in 0 ... 1, drops in nats, rank from 1",
 }
 
@@ -65,14 +66,15 @@ class Notes:
         self.stage = stage
         self.rows: list[dict[str, str]] = []
 
-    def add(self, picture: str, problem: object) -> None:
+    def add(self, picture: str, problem: object, kind: str = "missing") -> None:
         """Note what went wrong with a picture, or with the whole stage (picture "")."""
-        self.rows.append({"picture": picture, "stage": self.stage, "problem": " ".join(str(problem).split())})
+        text = " ".join(str(problem).split())
+        self.rows.append({"picture": picture, "stage": self.stage, "kind": kind, "problem": text})
 
     def once(self, problem: object) -> None:
-        """Note what holds for every picture."""
+        """Note what holds for every picture, and is nobody's fault."""
         if str(problem) not in {row["problem"] for row in self.rows}:
-            self.add("", problem)
+            self.add("", problem, "note")
 
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -93,12 +95,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def reason_of(error: Exception) -> str:
+    """What a table says of an error. Without enough memory, torch raises one error on a GPU and another on the CPU."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "not enough memory" in text:
+        return "out of memory"
+    return text if isinstance(error, MmnError) else f"{type(error).__name__}: {text}"
+
+
 def sparing(work: Callable[[list[T]], list[R]], batch: list[T], failed: Callable[[T, object], None]) -> list[tuple[T, R]]:
-    """`work(batch)` item by item of its results, in smaller batches where memory or one item does not allow for the whole."""
+    """`work(batch)` item by item of its results, in smaller batches where memory or one item does not allow for the whole. Whatever goes
+    wrong with one item is that item's alone."""
     try:
         return list(zip(batch, work(batch), strict=True))
-    except (torch.OutOfMemoryError, MemoryError, MmnError) as error:
-        reason = error if isinstance(error, MmnError) else "out of memory"
+    except Exception as error:  # a shard is hours of work
+        reason = reason_of(error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(batch) == 1:
@@ -117,11 +128,11 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
     source = opened(pictures, notes)
     while batch := [item for _, item in zip(range(batch_size), source, strict=False)]:
 
-        def work(some: list[tuple[Picture, Image.Image]]) -> list[mmn.Trace]:
-            return vlm.caption([image for _, image in some], prompt, batch_size=len(some))
+        def work(some: list[tuple[Picture, Image.Image]]) -> list[tuple[mmn.Trace, dict[str, mmn.NeuronRanking]]]:
+            traces = vlm.caption([image for _, image in some], prompt, batch_size=len(some))
+            return [(trace, mmn.rank(vlm, trace, k=top_k)) for trace in traces]
 
-        for (picture, _), trace in sparing(work, batch, lambda item, why: notes.add(item[0].id, why)):
-            found = mmn.rank(vlm, trace, k=top_k)
+        for (picture, _), (trace, found) in sparing(work, batch, lambda item, why: notes.add(item[0].id, why)):
             captions.append(
                 {
                     "picture": picture.id,
@@ -281,10 +292,8 @@ def edits(
                 notes,
             ):
                 rows.append(dict(zip(COLUMNS["edits"], (source, target, name, picture, measure, value), strict=True)))
-        except MmnError as error:
-            notes.once(f"{source} into {target}: {error}")
-        except torch.OutOfMemoryError:
-            notes.once(f"{source} into {target}: out of memory")
+        except Exception as error:  # of this pair alone
+            notes.add("", f"{source} into {target}: {reason_of(error)}")
     return {"edits": table("edits", rows), "problems": table("problems", notes.rows)}
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from mmn import scenes
 from mmn.contribution import rank
 from mmn.errors import MmnError
+from mmn.pieces import about
 from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
 
 RELEASE = 8  # pictures for the slow loop
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     vlm = load(args.model, device_map=args.device_map, dtype=args.dtype)
     found = throughput(vlm, args.pictures, args.batch, compare=not args.only_ours)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps({"dtype": args.dtype, **about(vlm), **found}, indent=1))
         return 0
     for name, what in (
         ("ours", "captions, recording, ranking"),

@@ -415,7 +415,7 @@ def load(
     Further options, such as `quantization_config`, go to `from_pretrained`. Only safetensors are read, and a download's own
     code runs only with `trust_remote_code=True`. Raises MmnError where there is no such model, it reads no pictures, or weights
     are missing."""
-    where = _resolve(name)
+    where = resolve(name)
     kind = place(device_map, dtype)  # before anything slow
     simple = isinstance(device_map, str) and device_map not in SPREAD
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -480,7 +480,7 @@ def _builder(config: Any) -> Any:
     return next((builder for builder in builders if builder.__name__ in own), None)
 
 
-def _resolve(name: str | PathLike[str]) -> str:
+def resolve(name: str | PathLike[str]) -> str:
     """A folder, or the name for the Hub. A shipped model's name stands for its folder."""
     text = str(name)
     if Path(text).is_dir():

@@ -1,42 +1,47 @@
 # The experiment graph of the replication report, for Snakemake: model x shard of pictures -> rankings -> properties; model -> edits.
-# `mmn replicate run` writes settings.json and calls Snakemake in the folder of the run; every rule is one call of `mmn replicate step`.
+# `mmn replicate run` writes settings.json and machine.json and calls Snakemake in the folder of the run; every rule is one call of
+# `mmn replicate step`. A piece that was killed says so in its log.
 import sys
 
 configfile: "settings.json"
+configfile: "machine.json"
 
 MODELS = list(config["models"])
 SHARDS = list(range(config["shards"]))
 STEP = f"{sys.executable} -m mmn.cli replicate step --out ."
+KILLED = "|| {{ s=$?; [ $s -lt 128 ] || echo \"it was killed (exit status $s): for want of memory?\" >> {log}; exit $s; }}"
+RANKINGS = [f"parts/{{model}}/{name}-{{shard}}.csv" for name in ("captions", "rankings", "rankings-problems")]
+RANKINGS += ["parts/{model}/model-{shard}.json"]
+PROPERTIES = ["parts/{model}/properties-{shard}.csv", "parts/{model}/properties-problems-{shard}.csv"]
+EDITS = ["parts/{model}/edits.csv", "parts/{model}/edits-problems.csv"]
 
 wildcard_constraints:
     shard=r"\d+",
 
 rule all:
     input:
-        expand("parts/{model}/properties-{shard}.csv", model=MODELS, shard=SHARDS),
-        expand("parts/{model}/edits.csv", model=MODELS if config["edits"] else []),
+        expand(RANKINGS + PROPERTIES, model=MODELS, shard=SHARDS),
+        expand(EDITS, model=MODELS if config["edits"] else []),
 
 rule rankings:
-    output:
-        "parts/{model}/captions-{shard}.csv", "parts/{model}/rankings-{shard}.csv",
-        "parts/{model}/rankings-problems-{shard}.csv", "parts/{model}/model-{shard}.json",
+    output: RANKINGS
     log: "logs/{model}-rankings-{shard}.log"
-    threads: workflow.cores
+    threads: config["cpus"]
     resources: gpu=config["gpus"], mem_mb=config["mem_mb"], runtime=config["minutes"]
-    shell: STEP + " rankings --model {wildcards.model} --shard {wildcards.shard} 2> {log}"
+    shell: STEP + " rankings --model {wildcards.model} --shard {wildcards.shard} 2> {log} " + KILLED
 
 rule properties:
     input: "parts/{model}/captions-{shard}.csv"
-    output: "parts/{model}/properties-{shard}.csv", "parts/{model}/properties-problems-{shard}.csv"
+    output: PROPERTIES
     log: "logs/{model}-properties-{shard}.log"
-    threads: workflow.cores
+    threads: config["cpus"]
     resources: gpu=config["gpus"], mem_mb=config["mem_mb"], runtime=config["minutes"]
-    shell: STEP + " properties --model {wildcards.model} --shard {wildcards.shard} 2> {log}"
+    shell: STEP + " properties --model {wildcards.model} --shard {wildcards.shard} 2> {log} " + KILLED
 
 rule edits:
     input: expand("parts/{{model}}/captions-{shard}.csv", shard=SHARDS)
-    output: "parts/{model}/edits.csv", "parts/{model}/edits-problems.csv"
+    output: EDITS
     log: "logs/{model}-edits.log"
-    threads: workflow.cores
+    threads: config["cpus"]
     resources: gpu=config["gpus"], mem_mb=config["mem_mb"], runtime=config["minutes"]
-    shell: STEP + " edits --model {wildcards.model} 2> {log}"
+    shell: STEP + " edits --model {wildcards.model} 2> {log} " + KILLED

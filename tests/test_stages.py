@@ -52,7 +52,7 @@ def test_rankings_hold_what_the_weights_say(vlm, pictures, ranked):
     captions, rows = ranked["captions"], ranked["rankings"]
     assert list(captions["picture"]) == [p.id for p in pictures[:-1]]
     assert ranked["problems"].to_dict("records") == [
-        {"picture": "broken", "stage": "rankings", "problem": "broken is damaged: get the picture again."}
+        {"picture": "broken", "stage": "rankings", "kind": "missing", "problem": "broken is damaged: get the picture again."}
     ]
     row = rows.iloc[7]
     write = vlm.model.model.language_model.layers[row["layer"]].mlp.down_proj.weight[:, row["unit"]]
@@ -106,6 +106,21 @@ def test_where_memory_is_short_batches_get_smaller_and_one_picture_fails_alone()
     found = stages.sparing(work, list(range(8)), lambda item, why: failed.append((item, why)))
     assert found == [(n, 10 * n) for n in range(8) if n != 5]
     assert failed == [(5, "out of memory")] and sizes[0] == 8
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_has_many_names(error):
+    assert stages.reason_of(error) == "out of memory"
+
+
+def test_what_goes_wrong_with_one_item_is_its_own():
+    failed = []
+
+    def work(items):
+        return [1 / item for item in items]
+
+    assert [item for item, _ in stages.sparing(work, [1, 0, 2], lambda item, why: failed.append((item, why)))] == [1, 2]
+    assert failed == [(0, "ZeroDivisionError: division by zero")]
 
 
 def test_a_summary_of_tables_whose_figures_are_known():

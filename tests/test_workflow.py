@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import mmn
-from mmn import scenes, workflow
+from mmn import pieces, scenes, workflow
 from mmn.errors import MmnError
 
 OPTIONS = ["--count", "4", "--shards", "2", "--edits", "0", "--top-k", "5"]
@@ -49,8 +49,10 @@ def whole(tmp_path_factory):
 
 def test_the_tables_say_what_was_run(whole):
     record = json.loads((whole / "tables" / "tables.json").read_text())
-    assert record["settings"]["count"] == 4 and record["models"]["tiny-llava"]["neurons"] == 4096
-    assert set(record["versions"]) >= {"torch", "transformers"} and "commit" in record
+    model = record["models"]["tiny-llava"]
+    assert record["settings"]["count"] == record["pictures"]["found"] == 4 and model["neurons"] == 4096
+    assert set(model["versions"]) >= {"torch", "transformers", "python"} and model["commit"] == pieces.commit()
+    assert model["nouns by"] == "scene_nouns" and model["device"] == "cpu"
     tables = {name: pd.read_csv(whole / "tables" / f"{name}.csv") for name in TABLES}
     assert list(tables["captions"]["picture"]) == ["scene-0", "scene-2", "scene-1", "scene-3"]
     assert all(set(table["model"]) <= {"tiny-llava"} for table in tables.values())
@@ -128,12 +130,130 @@ def test_a_dry_run_says_how_much_is_left_and_computes_nothing(whole, tmp_path):
     [
         (["--count", "0"], "--count is a whole number of at least 1"),
         (["--count", "2", "--shards", "3"], "cannot be cut into 3 shards"),
-        (["--models", "a", "a"], "the same name"),
+        (["--models", "tiny-llava", "tiny-llava"], "the same name"),
+        (["--models", "a"], "There is no model 'a'"),
+        (["--edits", "-1"], "--edits is a whole number of at least 0"),
+        (["--seed", "-1"], "--seed is a whole number of at least 0"),
+        (["--dtype", "float8"], "There is no dtype 'float8'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, words, message):
     with pytest.raises(MmnError, match=message):
         workflow.settings_of(parsed("--out", str(tmp_path), *words))
+
+
+def test_sources_and_models_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, full in (("sbu:got:test", f"sbu:{tmp_path}/got:test"), ("~/x", f"{tmp_path}/x"), ("coco:c", f"coco:{tmp_path}/c")):
+        assert workflow.settings_of(parsed("--out", "run", "--images", given))["images"] == full
+    Path("small").symlink_to(mmn.data_path("tiny-llava"))
+    models = workflow.settings_of(parsed("--out", "run", "--models", "./small", "owner/name@v1"))["models"]
+    assert models["small"]["name"] == str(mmn.data_path("tiny-llava")) and "revision" not in models["small"]
+    assert models["owner_name_v1"]["name"] == "owner/name" and models["owner_name_v1"]["revision"] == "v1"
+
+
+def test_how_it_is_run_may_change(whole):
+    workflow.kept(whole, workflow.settings_of(parsed("--out", str(whole), *OPTIONS, "--minutes", "9", "--batch", "2")))
+    machine = workflow.machine_of(parsed("--out", "run", "--jobs", "2"))
+    assert machine["cpus"] == max(1, (os.cpu_count() or 1) // 2)
+    with pytest.raises(MmnError, match="There is no profile nonsense"):
+        workflow.machine_of(parsed("--out", "run", "--profile", "nonsense"))
+
+
+def test_the_pictures_are_those_that_the_run_began_with(tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    folder.mkdir()
+    for name in (b"b.png", b"c.png", b"d\xff.png"):
+        scenes.draw(1).image.save(os.path.join(os.fsencode(folder), name), "PNG")
+    options = ("--out", str(out), "--images", str(folder), "--count", "9", "--shards", "2")
+    settings = workflow.settings_of(parsed(*options))
+    with pytest.raises(MmnError, match="3 pictures cannot be cut into 4 shards"):
+        workflow.kept(out, settings | {"shards": 4})
+    assert not out.exists()
+    workflow.kept(out, settings)
+    scenes.draw(2).image.save(folder / "a.png")
+    named = [[each.id for each in pieces.pictures_of(out, settings, shard)] for shard in (None, 0, 1)]
+    assert named == [["b.png", "c.png", "d\\xff.png"], ["b.png", "d\\xff.png"], ["c.png"]]
+    scenes.draw(3).image.save(folder / "c.png")
+    assert len(pieces.pictures_of(out, settings, 0)) == 2, "the other shard's pictures are as they were"
+    with pytest.raises(MmnError, match="1 pictures are not as they were when the run began, such as c.png"):
+        pieces.pictures_of(out, settings, 1)
+    (folder / "c.png").unlink()
+    with pytest.raises(MmnError, match="such as c.png: put them back"):
+        pieces.pictures_of(out, settings)
+
+
+def test_what_is_gone_is_a_line_and_what_lacked_memory_is_tried_again(whole, tmp_path):
+    out = tmp_path / "gone"
+    shutil.copytree(whole, out)
+    rankings, problems = (out / "parts" / "tiny-llava" / name for name in ("rankings-0.csv", "properties-problems-1.csv"))
+    kept = rankings.rename(tmp_path / "rankings-0.csv")
+    problems.write_text("picture,stage,kind,problem\nscene-1,properties,missing,out of memory\n")
+    tables, _ = pieces.gathered(out)
+    assert list(tables["problems"]["stage"]) == ["rankings", "properties"] and set(tables["problems"]["kind"]) == {"missing"}
+    dry = started(out, "--dry-run")
+    assert "rankings" in dry.communicate()[0], "it would be made again"
+    kept.rename(rankings)
+    last = started(out)
+    output = last.communicate()
+    assert last.returncode == 0, output
+    for name in TABLES:
+        assert (out / "tables" / f"{name}.csv").read_bytes() == (whole / "tables" / f"{name}.csv").read_bytes(), name
+
+
+def test_pieces_that_the_run_does_not_have_are_refused(whole):
+    with pytest.raises(MmnError, match="--shard is a number from 0 to 1, not 2"):
+        pieces.step(whole, "rankings", "tiny-llava", 2)
+    for stage, model, shard in (("rankings", "tiny-llava", None), ("rankings", None, 0), ("edits", "tiny-llava", 0)):
+        with pytest.raises(MmnError, match="A piece is a stage and --model, one of tiny-llava"):
+            pieces.step(whole, stage, model, shard)
+
+
+def test_pieces_at_once_have_gpus_of_their_own(tmp_path, monkeypatch):
+    machine = {"jobs": 2, "gpus": 2, "profile": None}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    first = pieces.own_gpus(tmp_path, machine)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    second = pieces.own_gpus(tmp_path, machine)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    with pytest.raises(MmnError, match="2 pieces at once with 2 GPUs each are more than 4 GPUs"):
+        pieces.own_gpus(tmp_path, machine)
+    first.release()
+    second.release()
+    assert pieces.own_gpus(tmp_path, machine | {"jobs": 1}) is None
+
+
+def test_on_slurm_each_piece_is_a_job_with_what_it_needs(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sacct", "sacctmgr", "scancel", "scontrol", "sinfo", "squeue", "sshare"):
+        (tools / name).write_text("#!/bin/sh\nexit 0\n")
+    (tools / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nexit 1\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    ours = (workflow.PROFILES / "slurm" / "config.yaml").read_text()
+    quick = ours.replace("latency-wait: 60", "latency-wait: 0").replace("retries: 1", "retries: 0")
+    (profile / "config.yaml").write_text(f"{quick}slurm-init-seconds-before-status-checks: 1\n")
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "mmn.cli", "replicate", "run", "--out", str(tmp_path / "run"), "--count", "1", "--shards", "1"]
+    command += ["--profile", str(profile), "--gpus", "1", "--cpus", "3", "--mem-mb", "64000", "--minutes", "30", "--jobs", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert done.returncode == 1 and len(asked) == 1, done.stderr
+    for word in ("--gpus=1", "--mem 64000", "--cpus-per-task=3", "-t 30", "-p gpu"):
+        assert word in asked[0], asked
+
+
+def test_a_noun_may_be_called_nan(tmp_path):
+    (tmp_path / "t.csv").write_text("picture,noun,value\n1,nan,\n2,null,0.5\n3,dog,nan\n")
+    table = pieces._read(tmp_path / "t.csv")
+    assert list(table["noun"]) == ["nan", "null", "dog"] and list(table["picture"]) == ["1", "2", "3"]
+    assert table["value"].isna().tolist() == [True, False, True]
 
 
 def test_another_runs_folder_is_refused_and_left_alone(whole, tmp_path):
@@ -145,4 +265,4 @@ def test_another_runs_folder_is_refused_and_left_alone(whole, tmp_path):
     with pytest.raises(MmnError, match="is not empty"):
         workflow.kept(tmp_path, workflow.settings_of(parsed("--out", str(tmp_path), *OPTIONS)))
     with pytest.raises(MmnError, match="holds no run"):
-        workflow.read_settings(tmp_path)
+        pieces.read_settings(tmp_path)
