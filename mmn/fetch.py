@@ -7,7 +7,8 @@ Pan et al.'s released code does, addresses are taken in the order of the list un
 as that code does. Which addresses were alive when the authors asked is not known, so their very pictures cannot be had again for certain.
 
 What an address gives is not trusted: only http and https, no address inside a private network (also not after a redirect), limits on
-time, bytes, redirects and pixels, and a file is kept only if it opens as a picture. `manifest.csv` says of each what became of it."""
+time, bytes, redirects and pixels, and a file is kept only if it opens as a picture. `manifest.csv` says of each what became of it. What may
+pass (no answer, a server that is busy) is asked again by the next call, three times in all."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ import ipaddress
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -38,6 +43,10 @@ AGENT = "mmn/0.1 (research on vision-language models; a few pictures a second)"
 A_HOST = 4  # connections to one host at once
 SEED = 2023  # of the release's split
 TRAIN, VALID, TEST = 1000, 200, 200  # the release's numbers
+TRIES = 3  # of an address whose failure may pass
+SILENCE = 50  # such failures, and no picture: the network is down
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+ESCAPED = "!#$%&'()*+,/:;=?@[]~"  # what an address may hold as it is
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Limits:
 @dataclass(frozen=True)
 class Got:
     """One row of the manifest: number in the list, address, caption, the file's name (empty for a dead address), its SHA-256, and why it is
-    dead."""
+    dead; tries: how often it was asked, where its failure may pass, else 0."""
 
     number: int
     url: str
@@ -63,6 +72,11 @@ class Got:
     file: str = ""
     sha256: str = ""
     reason: str = ""
+    tries: int = 0
+
+
+class Passing(MmnError):
+    """A failure that may be gone tomorrow."""
 
 
 def addresses(path: Path) -> list[tuple[str, str]]:
@@ -72,60 +86,116 @@ def addresses(path: Path) -> list[tuple[str, str]]:
         urls, captions = data["image_urls"], data["captions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MmnError(f"{path} is not the list of SBU Captions (JSON with image_urls and captions): {error}.") from None
-    if len(urls) != len(captions):
-        raise MmnError(f"{path} has {len(urls)} addresses and {len(captions)} captions: get the list again.")
+    if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
+        raise MmnError(f"{path} does not hold as many addresses as captions, in two lists: get the list again.")
     return list(zip(map(str, urls), map(str, captions), strict=True))
 
 
-def check(url: str, limits: Limits) -> None:
-    """Raises MmnError for an address that is not http or https, or that leads into a private network.
-
-    The name is looked up once more when the connection is made, so a server that answers two questions differently is not caught."""
+def check(url: str, limits: Limits) -> tuple[str, int]:
+    """The numeric address and port behind an address. Raises MmnError for one that is not http or https, or that leads into a private
+    network."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise MmnError(f"{parts.scheme or 'no'} scheme: only http and https are fetched")
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP)
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), proto=socket.IPPROTO_TCP)
     except OSError:
-        raise MmnError("the host is not known") from None
-    if not limits.private and not all(ipaddress.ip_address(each[4][0]).is_global for each in found):
+        raise Passing("the host is not known") from None
+    if not limits.private and not all(_public(str(each[4][0])) for each in found):
         raise MmnError("the host is inside a private network")
+    return str(found[0][4][0]), int(found[0][4][1])
+
+
+def _public(text: str) -> bool:
+    """Whether a numeric address is in the open; of one that wraps an IPv4 address, whether that is."""
+    address: Any = ipaddress.ip_address(text.partition("%")[0])
+    if address.version == 6:
+        if address in NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        else:
+            address = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or address
+    return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
+
+
+@contextmanager
+def _asked(url: str, place: tuple[str, int], end: float) -> Iterator[HTTPResponse]:
+    """The answer to a request, at the numeric address that was checked. However slowly it comes, the connection is cut at `end`: a timeout
+    of the socket would begin anew with every byte."""
+    parts = urlsplit(url)
+    left = max(0.1, end - time.monotonic())
+    door = socket.create_connection(place, timeout=left)
+    try:
+        if parts.scheme == "https":
+            import certifi
+
+            context = ssl.create_default_context(cafile=certifi.where())
+            door = context.wrap_socket(door, server_hostname=parts.hostname, do_handshake_on_connect=False)
+
+        def cut() -> None:
+            with suppress(OSError):
+                door.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(left, cut)
+        watch.start()
+        try:
+            if isinstance(door, ssl.SSLSocket):
+                door.do_handshake()
+            connection = HTTPConnection(str(parts.hostname), place[1])
+            connection.sock = door
+            path = quote(f"{parts.path or '/'}{parts.query and '?'}{parts.query}", safe=ESCAPED)
+            connection.request("GET", path, headers={"Host": parts.netloc.rpartition("@")[2], "User-Agent": AGENT})
+            yield connection.getresponse()
+        finally:
+            watch.cancel()
+    finally:
+        door.close()
 
 
 def get(url: str, limits: Limits) -> bytes:
-    """The bytes behind an address. Raises MmnError, with the reason, where they are not to be had within the limits."""
-    import requests
-
+    """The bytes behind an address. Raises MmnError, with the reason, where they are not to be had within the limits, and `Passing` where
+    they may be another time."""
     end = time.monotonic() + limits.seconds
     for _ in range(limits.redirects + 1):
-        check(url, limits)
-        left = max(0.1, end - time.monotonic())
         try:
-            with requests.get(url, headers={"User-Agent": AGENT}, stream=True, timeout=left, allow_redirects=False) as reply:
-                if reply.is_redirect:
-                    url = urljoin(url, reply.headers["Location"])
+            with _asked(url, check(url, limits), end) as reply:
+                if reply.status in (301, 302, 303, 307, 308):
+                    url = urljoin(url, reply.headers["Location"] or "")
                     continue
-                if reply.status_code != 200:
-                    raise MmnError(f"status {reply.status_code}")
-                kind = reply.headers.get("Content-Type", "")
+                if reply.status in (429, 503):  # busy: wait as long as it says, if there is time
+                    pause = float(reply.headers["Retry-After"] or 1) if (reply.headers["Retry-After"] or "1").isdigit() else 1.0
+                    if time.monotonic() + pause < end:
+                        time.sleep(pause)
+                        continue
+                if reply.status != 200:
+                    raise (Passing if reply.status >= 500 or reply.status == 429 else MmnError)(f"status {reply.status}")
+                kind = reply.headers.get("Content-Type", "").lower()
                 if not kind.startswith("image/"):
                     raise MmnError(f"{kind or 'nothing'} is no picture")
-                return _body(reply.iter_content(1 << 14), int(reply.headers.get("Content-Length") or 0), end, limits)
-        except requests.RequestException as error:
-            raise MmnError(f"{type(error).__name__}") from None
+                return _body(reply, end, limits)
+        except MmnError:
+            raise
+        except (OSError, HTTPException) as error:
+            if time.monotonic() >= end:
+                raise Passing(f"longer than {limits.seconds:g} seconds") from None
+            raise Passing(type(error).__name__) from None
+        except ValueError as error:
+            raise MmnError(f"no address or answer that can be read ({error})") from None
     raise MmnError(f"more than {limits.redirects} redirects")
 
 
-def _body(chunks: Iterator[bytes], announced: int, end: float, limits: Limits) -> bytes:
+def _body(reply: HTTPResponse, end: float, limits: Limits) -> bytes:
+    announced = int(reply.headers.get("Content-Length") or 0)
     whole = bytearray()
-    for chunk in chunks:
-        whole += chunk
-        if len(whole) > limits.megabytes * 1e6 or announced > limits.megabytes * 1e6:
-            raise MmnError(f"more than {limits.megabytes:g} MB")
-        if time.monotonic() > end:
-            raise MmnError(f"longer than {limits.seconds:g} seconds")
+    while announced <= limits.megabytes * 1e6 and (piece := reply.read1(1 << 14)):
+        whole += piece
+        if len(whole) > limits.megabytes * 1e6:
+            break
+    if max(announced, len(whole)) > limits.megabytes * 1e6:
+        raise MmnError(f"more than {limits.megabytes:g} MB")
+    if time.monotonic() >= end:
+        raise Passing(f"longer than {limits.seconds:g} seconds")
     if announced and len(whole) < announced:
-        raise MmnError("cut short")
+        raise Passing("cut short")
     return bytes(whole)
 
 
@@ -133,40 +203,61 @@ def fetch(
     items: Sequence[tuple[str, str]], out: Path, count: int, *, limits: Limits = Limits(), workers: int = 16, progress: bool = True
 ) -> pd.DataFrame:
     """Fetch pictures, given as (address, caption), in their order until `count` are there; the manifest, which is also written to
-    `out/manifest.csv`. A run that was stopped goes on where it was: dead addresses are not asked again.
+    `out/manifest.csv`, whatever stops the fetching. A run that was stopped goes on where it was: what is dead is not asked again.
 
-    Raises MmnError for a count below 1."""
-    if count < 1:
-        raise MmnError(f"count is a number of pictures, at least 1, not {count}.")
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    Raises MmnError for numbers that make no sense, where nothing can be written, and where no address answers at all."""
+    for name, value in (("count", count), ("workers", workers), ("seconds", limits.seconds)):
+        if not value > 0:
+            raise MmnError(f"{name} is a number above 0, not {value}.")
+    try:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        return _fetch(items, out, count, limits, workers, progress)
+    except OSError as error:
+        raise MmnError(f"{out} cannot be written ({error.strerror}): free some space or choose another --out.") from error
+
+
+def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limits, workers: int, progress: bool) -> pd.DataFrame:
     log = out / "manifest.jsonl"
-    rows = {row.number: row for row in _logged(log) if not row.file or _whole(out / "images" / row.file, row.sha256)}
+    before = {row.number: row for row in _logged(log)}
+    rows = {
+        number: row
+        for number, row in before.items()
+        if (_whole(out / "images" / row.file, row.sha256) if row.file else not 0 < row.tries < TRIES)
+    }
     doors: dict[str, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(A_HOST))
     bar = tqdm(total=count, desc="pictures", disable=not progress, delay=5)
 
     def one(number: int) -> Got:
-        url, caption = items[number]
-        with doors[urlsplit(url).hostname or ""]:
-            return _fetched(number, url, caption, out / "images", limits)
+        with doors["/".join(items[number][0].split("/")[:3])]:
+            got = _fetched(number, *items[number], out / "images", limits)
+        tried = before[number].tries if number in before else 0
+        return replace(got, tries=tried + 1 if got.tries else 0)
 
-    with log.open("a", encoding="utf-8") as handle, ThreadPoolExecutor(workers) as pool, bar:
-        waiting: set[Future[Got]] = set()
-        numbers = iter(number for number in range(len(items)) if number not in rows)
-        while True:
-            alive = sum(bool(row.file) for row in rows.values())
-            bar.update(alive - bar.n)
-            # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
-            while len(waiting) < min(workers, count - alive) and (number := next(numbers, None)) is not None:
-                waiting.add(pool.submit(one, number))
-            if not waiting:
-                break
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for each in done:
-                row = rows[each.result().number] = each.result()
-                handle.write(json.dumps(asdict(row)) + "\n")
-                handle.flush()
-    frame = pd.DataFrame([asdict(rows[number]) for number in sorted(rows)], columns=list(Got.__dataclass_fields__))
-    put(out / "manifest.csv", frame.to_csv(index=False))
+    numbers = iter([number for number in range(len(items)) if number not in rows])
+    silent = had = 0
+    try:
+        with log.open("a", encoding="utf-8") as handle, ThreadPoolExecutor(workers) as pool, bar:
+            handle.write("\n")  # the last line may have been cut off
+            waiting: set[Future[Got]] = set()
+            while silent < SILENCE or had:
+                alive = sum(bool(row.file) for row in rows.values())
+                bar.update(alive - bar.n)
+                # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
+                while len(waiting) < min(workers, count - alive) and (number := next(numbers, None)) is not None:
+                    waiting.add(pool.submit(one, number))
+                if not waiting:
+                    break
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for each in done:
+                    row = rows[each.result().number] = each.result()
+                    silent, had = silent + bool(row.tries), had + bool(row.file)
+                    handle.write(json.dumps(asdict(row)) + "\n")
+                    handle.flush()
+    finally:
+        frame = pd.DataFrame([asdict(rows[number]) for number in sorted(rows)], columns=list(Got.__dataclass_fields__))
+        put(out / "manifest.csv", frame.to_csv(index=False))
+    if silent >= SILENCE and not had:
+        raise MmnError(f"No picture came from {silent} addresses: see whether the network is up, and say the same again.")
     return frame
 
 
@@ -181,7 +272,7 @@ def _fetched(number: int, url: str, caption: str, folder: Path, limits: Limits) 
         os.replace(part, folder / name)
         return Got(number, url, caption, name, hashlib.sha256(body).hexdigest())
     except MmnError as error:
-        return Got(number, url, caption, reason=str(error))
+        return Got(number, url, caption, reason=str(error), tries=int(isinstance(error, Passing)))
     finally:
         part.unlink(missing_ok=True)
 
@@ -190,8 +281,8 @@ def _logged(log: Path) -> Iterator[Got]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         try:
             yield Got(**json.loads(line))
-        except (ValueError, TypeError):  # the line that was being written when the run was stopped
-            return
+        except (ValueError, TypeError):  # a line that was being written when a run was stopped
+            continue
 
 
 def _whole(path: Path, sha256: str) -> bool:

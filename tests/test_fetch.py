@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import struct
 import threading
 import time
@@ -50,7 +51,14 @@ class Server(BaseHTTPRequestHandler):
         name = self.path.split("/")[-1].split(".")[0].rstrip("0123456789")
         Server.asked.append(self.path)
         assert self.headers["User-Agent"] == fetch.AGENT
-        to = {"moved": "/good9.jpg", "loop": "/loop.jpg", "file": "file:///etc/hostname", "inside": "http://192.168.0.1/x.jpg"}
+        to = {
+            "astray": "http://[x/",
+            "port": "http://127.0.0.1:99999/x.jpg",
+            "moved": "/good9.jpg",
+            "loop": "/loop.jpg",
+            "file": "file:///etc/hostname",
+            "inside": "http://192.168.0.1/x.jpg",
+        }
         if name in to:
             self.send_response(302)
             self.send_header("Location", to[name])
@@ -67,6 +75,35 @@ class Server(BaseHTTPRequestHandler):
             self.send(b"\xff" * 300_000)
         elif name == "bomb":
             self.send(bomb(), "image/png")
+        elif name == "busy":  # the first time only
+            if Server.asked.count(self.path) == 1:
+                self.send_response(429)
+                self.send_header("Retry-After", "0")
+                self.end_headers()
+            else:
+                self.send(jpeg())
+        elif name == "down":
+            self.send_error(503)
+        elif name == "shout":
+            self.send(jpeg(), "IMAGE/JPEG")
+        elif name == "odd":
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", "abc")
+            self.end_headers()
+            self.wfile.write(jpeg())
+        elif name in ("drip", "headers"):  # a byte at a time, so that no single read is slow
+            try:
+                if name == "drip":
+                    self.send_response(200)
+                    self.send_header("Content-Type", "image/jpeg")
+                    self.end_headers()
+                for _ in range(50):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.2)
+            except OSError:
+                pass
         elif name == "slow":
             self.send_response(200)
             self.send_header("Content-Type", "image/jpeg")
@@ -100,13 +137,21 @@ REASONS = {
     "huge": "more than 0.2 MB",
     "bomb": "pixels",
     "slow": "longer than 1 seconds",
+    "drip": "longer than 1 seconds",
+    "headers": "longer than 1 seconds",
+    "astray": "no address",
+    "port": "no address",
+    "odd": "no address",
+    "down": "status 503",
 }
 
 
 def test_every_bad_address_has_its_reason_and_every_good_one_its_file(address, tmp_path):
-    names = ["good1", *REASONS, "moved", "good2"]
+    names = ["good1", *REASONS, "moved", "good2", "busy", "shout"]
+    started = time.monotonic()
     items = [(f"{address}/{name}.jpg", f"a caption, of {name}") for name in names]
     table = fetch.fetch(items, tmp_path, len(items), limits=LIMITS, progress=False).set_index("number")
+    assert time.monotonic() - started < 8, "no address takes longer than it may"
     for number, name in enumerate(names):
         row = table.loc[number]
         if name in REASONS:
@@ -118,7 +163,9 @@ def test_every_bad_address_has_its_reason_and_every_good_one_its_file(address, t
         pd.read_csv(tmp_path / "manifest.csv", keep_default_na=False).set_index("number"), table, check_dtype=False
     )
     some = sources.load(f"sbu:{tmp_path}")
-    assert [picture.captions[0] for picture in some] == ["a caption, of good1", "a caption, of moved", "a caption, of good2"]
+    assert [picture.captions[0] for picture in some] == [
+        f"a caption, of {name}" for name in ("good1", "moved", "good2", "busy", "shout")
+    ]
     assert some[0].open().size == (40, 30)
 
 
@@ -135,10 +182,71 @@ def test_what_is_there_is_not_asked_again_and_enough_is_enough(address, tmp_path
     assert sorted(Server.asked) == sorted(["/good0.jpg", *(f"/{u.split('/')[-1]}" for u, _ in items[len(first) : len(again)])])
 
 
+def test_a_line_that_was_cut_off_costs_itself_alone(address, tmp_path):
+    items = [(f"{address}/good{n}.jpg", "") for n in range(8)]
+    log = tmp_path / "manifest.jsonl"
+    for count in (2, 4, 6):
+        Server.asked.clear()
+        table = fetch.fetch(items, tmp_path, count, limits=LIMITS, workers=1, progress=False)
+        assert len(Server.asked) == 2 and (table["file"] != "").sum() == count
+        log.write_text(log.read_text().rstrip("\n") + '\n{"number": 7, "ur')
+
+
+def test_what_may_pass_is_asked_again_but_not_for_ever(address, tmp_path):
+    items = [(f"{address}/{name}.jpg", "") for name in ("down", "gone")] + [("http://no-such-host.invalid/x.jpg", "")]
+    for tries in (1, 2, 3, 3):
+        Server.asked.clear()
+        table = fetch.fetch(items, tmp_path, 3, limits=LIMITS, progress=False)
+        assert table["tries"].tolist() == [tries, 0, tries]
+        assert ("/gone.jpg" in Server.asked) == (len(set(Server.asked)) == 2), "what is dead is asked once"
+    assert not Server.asked
+
+
+def test_without_a_network_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "SILENCE", 5)
+    items = [(f"http://no-such-host.invalid/{n}.jpg", "") for n in range(30)]
+    with pytest.raises(MmnError, match="No picture came from [5-8] addresses: see whether the network is up"):
+        fetch.fetch(items, tmp_path, 30, workers=2, progress=False)
+    assert len(pd.read_csv(tmp_path / "manifest.csv")) < 10
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[bad/x.jpg", "http://example.com:99999/", "http://a..b/", f"http://{'a' * 70}.org/", "", "//", "http://", "\0"]
+)
+def test_what_is_no_address_is_a_row(tmp_path, url):
+    table = fetch.fetch([(url, "")], tmp_path, 1, limits=LIMITS, progress=False)
+    assert table["file"].tolist() == [""] and table["reason"][0] and table["tries"][0] == 0
+
+
+def test_numbers_that_make_no_sense_and_folders_that_cannot_be(address, tmp_path):
+    items = [(f"{address}/good.jpg", "")]
+    for more in ({"workers": 0}, {"limits": fetch.Limits(seconds=-5)}):
+        with pytest.raises(MmnError, match="is a number above 0"):
+            fetch.fetch(items, tmp_path / "new", 1, progress=False, **more)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MmnError, match="cannot be written"):
+        fetch.fetch(items, tmp_path / "file" / "x", 1, progress=False)
+
+
+def test_on_a_full_disk_one_sentence_and_what_is_there_stays(address, tmp_path):
+    items = [(f"{address}/good{n}.jpg", "") for n in range(4)]
+    fetch.fetch(items, tmp_path, 2, limits=LIMITS, progress=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))  # fewer bytes than a picture
+    try:
+        with pytest.raises(MmnError, match="free some space or choose another"):
+            fetch.fetch(items, tmp_path, 4, limits=LIMITS, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    table = fetch.fetch(items, tmp_path, 4, limits=LIMITS, progress=False)
+    assert (table["file"] != "").sum() == 4 and not list((tmp_path / "images").glob(".*"))
+
+
 def test_private_addresses_are_refused_unless_allowed(address, tmp_path):
     table = fetch.fetch([(f"{address}/good.jpg", "")], tmp_path, 1, progress=False)
     assert table["reason"].tolist() == ["the host is inside a private network"]
-    for url in ("http://localhost/x.jpg", "http://[::1]/x.jpg", "http://169.254.169.254/x", "http://10.0.0.8/x", "ftp://x.org/x"):
+    for url in ("http://localhost/x.jpg", "http://[::1]/x.jpg", "http://169.254.169.254/x", "http://10.0.0.8/x", "ftp://x.org/x",
+                "http://[64:ff9b::a00:1]/", "http://[2002:7f00:1::]/", "http://[fec0::1]/", "http://224.0.0.1/"):  # fmt: skip
         with pytest.raises(MmnError, match="private network|only http"):
             fetch.check(url, fetch.Limits())
 
@@ -147,7 +255,7 @@ def test_a_list_of_another_form_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps({"image_urls": ["a"], "captions": ["x"], "user_ids": ["u"]}))
     assert fetch.addresses(path) == [("a", "x")]
-    for text in ("[1, 2]", "{", json.dumps({"image_urls": ["a"], "captions": []})):
+    for text in ("[1, 2]", "{", '{"image_urls": 5, "captions": 5}', json.dumps({"image_urls": ["a"], "captions": []})):
         path.write_text(text)
         with pytest.raises(MmnError, match="list"):
             fetch.addresses(path)
