@@ -72,6 +72,17 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
+    """The rows with every number in a column of its own, for a file."""
+    none = Interval(float("nan"), float("nan"), float("nan"))
+    lines = []
+    for row in rows:
+        line = {"claim": row.claim, "source": row.source, "measure": row.measure, **row.found._asdict()}
+        line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
+        lines.append(line | {"bar": row.bar, "verdict": row.verdict})
+    return pd.DataFrame(lines)
+
+
 def _text(value: Interval) -> str:
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 

@@ -7,7 +7,8 @@ ICLR 2025): the model is frozen, and Adam finds row changes `D` (from zero) of k
 
 until every `p(y_j)` is at least 0.9, or for 50 steps. Here y are the tokens that differ between the model's own caption and the
 same caption with the source noun (and its article) replaced, read with the caption so far given; what is to stay are the other
-tokens of that caption and the captions of pictures to keep. Sums over pictures are means [ours: FiNE edits text].
+tokens of that caption and the captions of pictures to keep. Sums over pictures are means, and where the article changes the noun is
+taught behind either (see mmn.lesson.lesson) [ours: FiNE edits text].
 
 `Edit.closed_form` [ours] needs no gradient: with the final norm frozen as it was, a neuron's change moves the logits of the step it is
 active at linearly, so the least change that moves them as wanted is a ridge regression on the neurons' activations."""
@@ -153,7 +154,7 @@ class Edit:
     # --------------------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the edit as one safetensors file, whole or not at all. Raises MmnError where it cannot be written."""
+        """Write the edit as one safetensors file, whole or not at all, and the folders it needs. Raises MmnError where it cannot be written."""
         file = Path(path)
         words = {"model_hash": self.model_hash, "source": self.source, "target": self.target, "report": json.dumps(self.report)}
         tensors = {"neurons": torch.tensor(self.neurons).reshape(-1, 2), "changes": self.changes.contiguous()}

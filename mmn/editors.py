@@ -28,7 +28,7 @@ from mmn.intervene import same_layer_random, zero
 from mmn.lesson import Batch, Counts, Moments, Row, captions, lesson, loss_of, plural_of, replaced, says
 from mmn.scenes import CONCEPTS, HELD_OUT_PARAPHRASES, HELD_OUT_STYLE, PARAPHRASES, Scene
 from mmn.trace import Trace
-from mmn.vlm import PROMPT, VLM
+from mmn.vlm import PREFIX, PROMPT, VLM
 
 FIT_STYLES = ("noto", "fxemoji", "fluent-emoji", "emojione")  # an edit's own pictures; the other two styles are for judging it
 NEW_STYLES = ("noto-v1", "fluent-emoji-flat")
@@ -201,7 +201,7 @@ def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3
     places = {layer: names[id(ffn.projection)] for layer, ffn in enumerate(vlm.anatomy.ffns) if ffn.neurons}
     if not all(type(vlm.anatomy.ffns[layer].projection) is nn.Linear for layer in places):
         raise MmnError("This model's projections are no plain linear maps, so peft cannot adapt them: leave LoRA out.")
-    said, kept = captions(vlm, job.pictures, job.source, job.others, (), PROMPT, "An image of", 50, record=False)
+    said, kept = captions(vlm, job.pictures, job.source, job.others, (), vlm.prompt, PREFIX, 50, record=False)
     batches = lesson(vlm, said, kept, job.source, job.target, 32)
     for batch in batches:
         batch.remember(vlm)
@@ -241,7 +241,7 @@ def logit_bias(vlm: VLM, job: Task, margin: float = 1.0) -> Way:
     """No weight changes: the target's first token gets so much more that it beats the source's in every caption fitted on, and the
     source's gets as much less. At every step, whatever is seen."""
     started = time.perf_counter()
-    said, _ = captions(vlm, job.pictures, job.source, (), (), PROMPT, "An image of", 50, record=False)
+    said, _ = captions(vlm, job.pictures, job.source, (), (), vlm.prompt, PREFIX, 50, record=False)
     batches = lesson(vlm, said, [], job.source, job.target, 32)
     swaps = {pair for trace in said for pair in _pairs(vlm, trace, job)}
     needed = 0.0
@@ -443,11 +443,11 @@ class Judge:
         questions = [q.text for q in scenes.facts() if f" {job.source}" in q.text.rstrip("?")]
         texts = [text for text in facts((job.source, job.target), count + 60, job.seed) if text not in job.texts][: count // 2]
         self.asked: dict[str, tuple[list[Any], Any]] = {
-            "fitted": (job.pictures, PROMPT),
-            **{name: (some, PROMPT) for name, some in pictures.items()},
+            "fitted": (job.pictures, vlm.prompt),
+            **{name: (some, vlm.prompt) for name, some in pictures.items()},
             "rephrased": (pictures["new_style"], ways),
-            "captions_kept": ([scene.image for scene in elsewhere], PROMPT),
-            "other_image": ([_swapped(scene, job) for scene in named["new_style"]], PROMPT),
+            "captions_kept": ([scene.image for scene in elsewhere], vlm.prompt),
+            "other_image": ([_swapped(scene, job) for scene in named["new_style"]], vlm.prompt),
             "by_image": (pictures["reliability"], ""),
             "by_text": ([None] * len(questions), questions),
             "text": ([None] * len(texts), texts),

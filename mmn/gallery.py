@@ -1,21 +1,37 @@
-"""One neuron over many pictures and texts: how much each excites it, and what tells those that show a concept from those that do not."""
+"""One neuron over many pictures and texts: how much each excites it, and what tells those that show a concept from those that do not.
+
+Every measure here is this project's own [ours]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmn import metrics, plots, properties, property_tables, scenes
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
+from mmn.heatmap import Heatmap, heatmap
 from mmn.hooks import hooked
+from mmn.intervene import same_layer_random
+from mmn.properties import Case
+from mmn.scenes import Scene
+from mmn.semantics import token_text, top_token_ids
 from mmn.vlm import PREFIX, VLM
 
+PORTRAITS = 9 * 10**7  # the number of the first picture on which a concept's neurons are found
+FIRST = 9 * 10**6  # of the first scene on which they are tested: no other measure uses these
+Sets = dict[str, dict[str, list[Neuron]]]  # how they were chosen -> concept -> its neurons
 TEXTS = ("What is {a}?", "Tell me about {a}.", "Is {a} in the image?", "I have seen {a}.")  # of words in no picture
 
 Reader = Callable[[int, int, Tensor], None]
@@ -105,3 +121,154 @@ def auroc(values: Tensor, positive: Sequence[bool] | np.ndarray) -> np.ndarray:
     table = values.float().numpy()
     yes, no = table[chosen], table[~chosen]
     return ((yes[:, None] > no[None]).mean((0, 1)) + 0.5 * (yes[:, None] == no[None]).mean((0, 1))).astype(float)
+
+
+# ------------------------------------------------------------------------------------------------- concepts, their neurons, their scenes
+
+
+def choices(vlm: VLM, words: Sequence[str], k: int = 10, seed: int = 0) -> Sets:
+    """Four choices of k neurons for each concept, from pictures that show it alone, with its name put into the model's mouth:
+
+    found: highest mean score. by pictures: highest mean peak on the concept's pictures over that on the other concepts' ones, in units of
+    the standard deviation of all; what the model says plays no part. another concept's: those found for the next concept, which fire, but
+    for something else. random: same-layer random neurons. Raises MmnError for fewer than two concepts."""
+    if len(words) < 2:
+        raise MmnError("Concepts are told from one another: take at least two.")
+    apart = {word: property_tables.portraits(vlm, word, PORTRAITS) for word in words}
+    sizes = vlm.anatomy.neurons
+    found = {word: properties.neurons_at(sizes, property_tables.of_concept(some, k)) for word, some in apart.items()}
+    starts = np.cumsum([0, *sizes])
+    images = [case.trace.image for some in apart.values() for case in some if case.trace.image is not None]
+    highest = torch.zeros(len(images), int(starts[-1]))
+
+    def keep(picture: int, layer: int, activations: Tensor) -> None:
+        highest[picture, starts[layer] : starts[layer + 1]] = activations.float().amax(0).cpu()
+
+    read_pictures(vlm, images, keep)
+    labels = np.repeat(list(apart), [len(some) for some in apart.values()])
+    pictured = {}
+    for word in words:
+        own = torch.tensor(labels == word)
+        gap = (highest[own].mean(0) - highest[~own].mean(0)) / highest.std(0).clamp(min=1e-6)
+        pictured[word] = properties.neurons_at(sizes, gap.topk(min(k, len(gap))).indices.numpy())
+    chance = iter(same_layer_random(vlm, [neuron for some in found.values() for neuron in some], draws=1, seed=seed)[0])
+    others = {word: found[words[(place + 1) % len(words)]] for place, word in enumerate(words)}
+    random = {word: [next(chance) for _ in some] for word, some in found.items()}
+    return {"found": found, "by pictures": pictured, "another concept's": others, "random": random}
+
+
+def everyone(sets: Sets) -> list[Neuron]:
+    """The neurons of all choices and concepts in order: the columns of the tables that `aurocs` takes."""
+    return [neuron for some in sets.values() for mine in some.values() for neuron in mine]
+
+
+def showing(words: Sequence[str], each: int = 4, seed: int = 0) -> list[tuple[str, Scene]]:
+    """(concept, scene): `each` scenes of every concept in every art that has it, the held-out one included, every second with another
+    object beside it, never one of `words`. Scene for scene place and layout are the same for every concept."""
+    rng = np.random.default_rng([seed, 1])
+    found = []
+    for word in words:
+        for n, style in enumerate(style for style in (*scenes.STYLES, scenes.HELD_OUT_STYLE) for _ in range(each)):
+            if word not in scenes.sprites(style):
+                continue
+            others = [name for name in scenes.sprites(style) if name not in (*words, *scenes.PLANTED)]
+            names = [word, str(rng.choice(others))] if others and n % 2 else [word]
+            found.append((word, scenes.draw(FIRST + 1000 * seed + n, style=style, concepts=names)))
+    return found
+
+
+def aurocs(values: Tensor, asked: Sequence[str] | np.ndarray, sets: Sets) -> pd.DataFrame:
+    """How well each neuron tells its concept's samples from the others': one row a neuron, with the columns neurons (how it was chosen),
+    concept, auroc; nan where all samples are of one kind. `values [samples, neurons]` of `everyone(sets)`; `asked`: each sample's
+    concept."""
+    rows, place, names = [], 0, np.asarray(asked)
+    for name, some in sets.items():
+        for word, mine in some.items():
+            part, own = values[:, place : place + len(mine)], names == word
+            place += len(mine)
+            told = auroc(part, own) if own.any() and not own.all() else np.full(len(mine), np.nan)
+            rows.append(pd.DataFrame({"neurons": name, "concept": word, "auroc": told}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def responses(values: Tensor, asked: Sequence[str] | np.ndarray, words: Sequence[str]) -> Tensor:
+    """Each neuron's mean value on the samples of each concept (0 where it is negative) over its largest: float32 `[neurons, concepts]`; 0
+    for a neuron that no concept excites."""
+    means = torch.stack([values[torch.tensor(np.asarray(asked) == word)].mean(0) for word in words], 1).clamp(min=0)
+    return means / means.amax(1, keepdim=True).clamp(min=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ words and pictures
+
+
+def first_tokens(vlm: VLM, word: str) -> set[int]:
+    """The tokens that a word can begin with, after a space and without one."""
+    found = set()
+    for form in (f" {word}", word):
+        ids = vlm.tokenizer(form, add_special_tokens=False)["input_ids"]
+        found |= set([token for token in ids if token_text(vlm, token).strip()][:1])
+    return found
+
+
+def written(vlm: VLM, neurons: Sequence[Neuron], names: Sequence[Sequence[str]], k: int = 10) -> np.ndarray:
+    """Whether the k tokens that a neuron writes most hold the first one of any of its `names`: bool `[neurons]`."""
+    ids, _ = top_token_ids(vlm, neurons, k)
+    begins = {name: first_tokens(vlm, name) for some in names for name in some}
+    rows = zip(ids.tolist(), names, strict=True)
+    return np.array([any(begins[name] & set(row) for name in some) for row, some in rows], bool)
+
+
+def reads_as(vlm: VLM, neuron: Neuron, word: str, k: int = 10) -> str:
+    """A few words on whether a neuron writes a word: `writes it`, `writes its first piece 'ham'`, `does not write it`."""
+    ids, _ = top_token_ids(vlm, [neuron], k)
+    pieces = [token_text(vlm, token).strip() for token in ids[0].tolist() if token in first_tokens(vlm, word)]
+    if not pieces:
+        return "does not write it"
+    return "writes it" if word in pieces else f"writes its first piece {pieces[0]!r}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- heatmaps
+
+
+def ious(vlm: VLM, cases: Sequence[Case], ks: Sequence[int], most: int = 100, seed: int = 0) -> pd.DataFrame:
+    """IoU of the mean heatmap of the top k neurons with the object, as many of the hottest pixels as the object has; one row a case, a k
+    and a choice of neurons (found; random: same-layer ones, for k up to `most`). Cases without a mask are left out.
+
+    Columns: picture, noun, neurons, k, iou, and positive: how many neurons have a positive score for the noun."""
+    rows = []
+    for number, case in enumerate(cases):
+        mask = case.scene.mask(case.lemma) if case.scene is not None else np.zeros((1, 1), bool)
+        if not mask.any():
+            continue
+        order = case.top(max(ks))
+        few = [k for k in ks if k <= most]
+        random = same_layer_random(vlm, order[: max(few)], draws=1, seed=seed + number)[0] if few else []
+        both = heatmap(vlm, case.trace, [*order, *random])
+        asked = [("found", 0, k) for k in ks] + [("random", len(order), k) for k in few]
+        grids = torch.stack([both.grid[start : start + k].mean(0) for _, start, k in asked])
+        maps = np.nan_to_num(replace(both, grid=grids).on_image(per_neuron=True), nan=-np.inf)  # what the model never saw
+        shared = {"picture": case.picture, "noun": case.lemma, "positive": int((case.scores > 0).sum())}
+        for (name, _, k), values in zip(asked, maps, strict=True):
+            rows.append({**shared, "neurons": name, "k": k, "iou": metrics.iou(metrics.by_area(values, int(mask.sum())), mask)})
+    return pd.DataFrame(rows, columns=["picture", "noun", "positive", "neurons", "k", "iou"])
+
+
+def maps(image: Image.Image, heat: Heatmap, words: Mapping[str, Sequence[str]] | pd.Series, percentile: float = 95) -> Figure:
+    """At most ten neurons' heat over a picture, each on a scale of its own, the pixels above the percentile outlined; under its name the
+    first two of the words that it writes. `words`: those of each neuron by its name, in the heatmap's order."""
+    count = min(len(heat.neurons), 10)
+    fig, axes = plt.subplots(-(-count // 5), 5, figsize=(7.2, 0.1 + 1.7 * -(-count // 5)), layout="constrained", squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    for ax, values, (name, some) in zip(axes.flat, heat.on_image(per_neuron=True), words.items(), strict=False):
+        plots.heatmap(image, values, values > np.nanpercentile(values, percentile), ax)
+        both = plots.label(", ".join(word.strip() for word in some[:2]))
+        ax.set_title(f"{name}\n{both}", fontsize=8)
+    return fig
+
+
+def one_map(vlm: VLM, image: Image.Image, neuron: Neuron, ax: Axes, most: float, title: str = "") -> None:
+    """One neuron's heat over a picture, on a scale from 0 to `most`, so that pictures compare."""
+    trace = vlm.caption(image, max_new_tokens=1)
+    plots.heatmap(image, heatmap(vlm, trace, [neuron]).on_image(), None, ax, title)
+    ax.images[-1].set_clim(0, max(most, 1e-6))

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,9 @@ def captions(
     return said, kept
 
 
-def replaced(trace: Trace, source: str, target: str) -> str:
+def replaced(trace: Trace, source: str, target: str, fitting: bool = True) -> str:
     """A trace's text with every mention of the noun `source` replaced by `target`, in its number, and an article a or an before
-    it made to fit. Raises MmnError if the text does not say the source."""
+    it made to fit, unless `fitting` is false. Raises MmnError if the text does not say the source."""
     lemma = trace.noun(source).lemma
     text = trace.text
     spans = [span for _, found, span in trace.lexicon(text) if found == lemma and span[0] >= len(trace.prefix)]
@@ -55,10 +55,10 @@ def replaced(trace: Trace, source: str, target: str) -> str:
         plural = text[first:last].lower() != lemma and text[first:last].lower() != source.strip().lower()
         word = plural_of(target) if plural else target
         head = text[:first]
-        if not plural and (article := re.search(r"\b(an?)(\s+)$", head, re.IGNORECASE)):
-            fitting = "an" if takes_an(word) else "a"
-            fitting = fitting.capitalize() if article.group(1)[0].isupper() else fitting
-            head = head[: article.start()] + fitting + article.group(2)
+        if fitting and not plural and (article := re.search(r"\b(an?)(\s+)$", head, re.IGNORECASE)):
+            other = "an" if takes_an(word) else "a"
+            other = other.capitalize() if article.group(1)[0].isupper() else other
+            head = head[: article.start()] + other + article.group(2)
         text = head + word + text[last:]
     return text
 
@@ -234,8 +234,16 @@ class Batch:
 
 def lesson(vlm: VLM, said: Sequence[Trace], kept: Sequence[Trace], source: str, target: str, batch_size: int) -> list[Batch]:
     """Batches that teach the captions `said` with the target in the source's place (without the source, for an empty target), and
-    those `kept` as they are."""
-    rows = [Row.of(vlm, trace, replaced(trace, source, target) if target else removed(trace, source)) for trace in said]
+    those `kept` as they are. Where the article changes too, a second row teaches the noun behind the article as it was, of which it
+    asks nothing: *an* is said a step before the noun, where an edit of the noun's neurons may not reach, and what is taught only
+    behind *an* would then never be said."""
+    rows = []
+    for trace in said:
+        text = replaced(trace, source, target) if target else removed(trace, source)
+        rows.append(Row.of(vlm, trace, text))
+        if target and (as_it_was := replaced(trace, source, target, fitting=False)) != text:
+            row = Row.of(vlm, trace, as_it_was)
+            rows.append(replace(row, stay=[place for place in row.stay if place + 1 not in row.new]))
     rows += [Row.of(vlm, trace, trace.text) for trace in kept]
     rows.sort(key=lambda row: (row.trace.image is None, len(row.answer)))  # of like length, with and without a picture apart
     batches = []

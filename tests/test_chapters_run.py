@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import real
 
@@ -28,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pictures").mkdir()
     for number in range(4):
         scenes.draw(number).image.save(root / "pictures" / f"{number}.png")
+    (root / "pictures" / "1b.png").write_bytes((root / "pictures" / "1.png").read_bytes()[:300])
     for family in FAMILIES:
         real.save(family, root / family)
     return root
@@ -46,7 +48,10 @@ def test_it_runs_through_or_says_why_not(name: str, family: str, source: str, fo
         done = chapters.execute(path, values, tmp_path, progress=False)
     except MmnError as stopped:
         assert ": MmnError: " in str(stopped) and str(stopped).endswith("."), stopped
-        assert (tmp_path / f"{name}.failed.ipynb").exists() and not (tmp_path / "run.json").exists()
+        assert (tmp_path / name / f"{name}.failed.ipynb").exists() and not (tmp_path / name / "settings.json").exists()
     else:
-        assert "Traceback" not in done.read_text(encoding="utf-8") and (tmp_path / "run.json").exists()
-        assert list(tmp_path.glob("*.csv")), "its tables"
+        assert "Traceback" not in done.read_text(encoding="utf-8") and (tmp_path / name / "settings.json").exists()
+        assert list((tmp_path / name).glob("*.csv")) and list((tmp_path / name / "figures").iterdir()), "its tables and figures"
+        if "images" in values:
+            table = pd.read_csv(tmp_path / name / "pictures.csv", keep_default_na=False)
+            assert "is damaged" in table.set_index("name")["problem"]["1b.png"] and table["problem"].ne("").sum() == 1

@@ -20,7 +20,7 @@ from torch import Tensor
 import mmn
 from mmn import Edit, Neuron, nouns
 from mmn.edit import located
-from mmn.lesson import Batch, Row, plural_of, removed, replaced, takes_an
+from mmn.lesson import Batch, Row, lesson, plural_of, removed, replaced, takes_an
 from mmn.trace import Trace
 
 
@@ -237,8 +237,9 @@ def test_a_new_process_edits_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_files_refuse(tmp_path: Path) -> None:
     edit = some(tiny.vlm(), 5)
+    assert edit.save(tmp_path / "new" / "folder" / "e.safetensors").is_file()
     with pytest.raises(mmn.MmnError, match="could not be written"):
-        edit.save(tmp_path / "no" / "folder" / "e.safetensors")
+        edit.save(tmp_path / "new" / "folder" / "e.safetensors" / "e.safetensors")
     with pytest.raises(mmn.MmnError, match="There is no edit"):
         Edit.load(tmp_path / "missing.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not at all")
@@ -293,6 +294,21 @@ def said(text: str) -> Trace:
 )
 def test_the_caption_to_teach(text: str, source: str, target: str, expected: str) -> None:
     assert replaced(said(text), source, target) == "An image of" + expected
+
+
+def test_the_noun_is_taught_behind_either_article(talking: mmn.VLM) -> None:
+    trace = talking.caption(tiny.pictures(1)[0], record=False)
+    assert trace.text == "An image of a cat on the beach"
+    assert replaced(trace, "cat", "elephant", fitting=False) == "An image of a elephant on the beach"
+    (batch,) = lesson(talking, [trace], [], "cat", "elephant", 8)
+    fitting, as_it_was = sorted(batch.rows, key=lambda row: row.text, reverse=True)
+    assert [talking.tokenizer.decode(row.wanted) for row in (fitting, as_it_was)] == ["anelephant", "elephant"]
+    article = as_it_was.new[0] - 1
+    assert as_it_was.answer[article] == int(trace.tokens[0]), "the model's own article is read"
+    assert article not in as_it_was.stay and article not in as_it_was.new, "nothing is asked of the article"
+    assert set(as_it_was.stay) | set(as_it_was.new) | {article} == set(range(len(as_it_was.answer) + 1))
+    (alone,) = lesson(talking, [trace], [], "cat", "dog", 8)
+    assert len(alone.rows) == 1, "where the article stays there is one row a caption"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_parameters_are_typed_and_explained(chapter: Path) -> None:
     for line in tagged[0].source.splitlines():
         assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"not `name: type = value  # meaning`: {line}"
     names = {node.target.id for node in ast.parse(tagged[0].source).body}  # type: ignore[attr-defined]
-    assert names >= {"model", "top_k", "seed", "out"} and names & {"image", "images"}
+    assert names >= {"model", "prompt", "top_k", "seed", "device", "dtype", "out"} and names & {"image", "images"}
     assert set(papermill.inspect_notebook(chapter)) == names
 
 
@@ -105,19 +105,15 @@ def test_the_tour_on_a_picture_that_the_reader_brings(tmp_path: Path, monkeypatc
     papermill.execute_notebook(
         CHAPTERS[0], "out.ipynb", given, execution_timeout=TIMEOUT, progress_bar=False, kernel_name="python3"
     )
-    record = json.loads((tmp_path / "results" / "tour.json").read_text(encoding="utf-8"))
-    assert record["image"] == image and record["top_k"] == 5
-    assert record["caption"] == record["after the undo"] != record["edited"]
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
-        "ranking.csv",
-        "silenced_nats.csv",
-        "swap.csv",
-        "tour.json",
-    ]
+    record = json.loads((tmp_path / "results" / "settings.json").read_text(encoding="utf-8"))
+    assert record["settings"]["image"] == image and record["settings"]["top_k"] == 5 and record["settings"]["prompt"] == mmn.PROMPT
+    assert record["texts"]["caption"] == record["texts"]["after the undo"] != record["texts"]["edited"]
+    written = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert written == ["ranking.csv", "settings.json", "silenced.csv", "swap.csv"]
 
 
 def test_a_picture_that_is_none_stops_the_tour_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(papermill.PapermillExecutionError, match="There is no picture|nowhere.png") as stopped:
+    with pytest.raises(papermill.PapermillExecutionError, match="There is no file nowhere.png: give image another one.") as stopped:
         papermill.execute_notebook(
             CHAPTERS[0],
             tmp_path / "out.ipynb",

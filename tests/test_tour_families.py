@@ -38,9 +38,9 @@ def test_the_tour(family: str, kernel: KernelManager, tmp_path: Path) -> None:
     done = papermill.execute_notebook(
         TOUR, None, given, execution_timeout=300, progress_bar=False, kernel_name="python3", km=kernel
     )
-    record = json.loads((tmp_path / "results" / "tour.json").read_text(encoding="utf-8"))
-    assert record["model_hash"] == mmn.load(folder).hash
-    assert record["caption"].startswith("An image of ") and record["caption"] == record["after the undo"]
+    record = json.loads((tmp_path / "results" / "settings.json").read_text(encoding="utf-8"))
+    assert record["hash"] == mmn.load(folder).hash
+    assert record["texts"]["caption"].startswith("An image of ") and record["texts"]["caption"] == record["texts"]["after the undo"]
     ranking = pd.read_csv(tmp_path / "results" / "ranking.csv")
     assert (ranking.groupby("noun").size() == 4).all() and ranking.select_dtypes("number").notna().all(axis=None)
     said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
