@@ -10,16 +10,20 @@ model, units; see `write`), and `figures/`. One that stops leaves `CHAPTER.faile
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmn.errors import MmnError
 from mmn.paths import put, whole
-from mmn.pieces import about, csv
+from mmn.pieces import PACKAGES, about, commit, csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,25 +34,76 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CELL_SECONDS = 3600  # after which a cell is given up
 MODELS = ("model", "clip", "bert")  # parameters that name a checkpoint
-LEAST = {"seed": 0, "concepts": 2}  # of whole numbers; of all others 1
-UNITS = {  # of the columns of the chapters' tables
-    "score": "logits, direct score, unless the table names another",
-    "activation": "as the FFN's last linear map receives it",
-    "drop": "nats, of log p of the noun",
+RANGES = dict.fromkeys(("pictures", "top_k", "sample", "live"), (1, 10**6)) | {"concepts": (3, 10**6), "seed": (0, 2**32 - 1)}
+NEEDED = ("model", "target", "harmless")  # texts that must not be empty
+TEXTS = (*MODELS, *NEEDED, "image", "images", "noun", "source", "sensitive", "prompt", "device", "dtype", "out")
+SHARE = "share, 0 to 1"
+UNITS = {  # of a column; of a column of one table, as TABLE.COLUMN, or of all its other columns, as TABLE.*
+    "picture": "the file's name; of drawn scenes their number in this run",
+    "scene": "its number in this run",
+    "key": "number of the scene",
+    "layer": "from 0; -1 is the embedding",
+    "unit": "number of the neuron in its layer, from 0",
     "rank": "1 is the highest",
+    "draw": "number of the random draw",
     "k": "neurons",
     "sigma": "root mean squares of the writes",
-    "iou": "0 to 1",
-    "pointing": "share",
-    "auprc": "0 to 1",
-    "flip": "share of nouns that are said no longer",
-    "rest": "share of other words kept",
-    "picture": "number, in the order of the source; see pictures.csv",
+    "factor": "times the fitted change",
+    "score": "logits, direct score",
+    "logit": "logits",
+    "activation": "as the FFN's last linear map receives it",
+    "drop": "nats, of log p of the noun",
+    "others": "nats, mean drop of the other nouns",
+    "iou": "intersection over union, 0 to 1",
+    "pointing": SHARE,
+    "auprc": "area under the curve, 0 to 1",
+    "auroc": "area under the curve, 0 to 1; 0.5 is chance",
+    "share": SHARE,
+    "overlap": SHARE,
+    "objects": "how many",
+    "flip": "share of draws in which the noun is the likeliest token no longer",
+    "rest": "share of other words that stay the likeliest",
     "norm": "Frobenius norm of the change of weights",
-    "reliability": "share of captions",
-    "image_top1": "share of steps",
+    "ms": "milliseconds",
+    "spearman": "rank correlation with the effect on log p",
+    "spearman_logit": "rank correlation with the effect on the logit",
+    "spearman_centred": "rank correlation with the effect on the centred logit",
+    "p10": "share of the 10 best that are among the 10 of largest effect",
+    "p50": "share of the 50 best that are among the 50 of largest effect",
+    "cpr": "area under the faithfulness of the best kept alone",
+    "cmd": "area of its distance from 1",
+    "removal": "nats, mean loss of log p with the best removed",
+    "in10": "share of neurons that write the word among their ten",
+    "text": "nearness of the words written to the caption, 1 at most",
+    "image": "nearness of the words written to the picture, 1 at most",
+    "value": "as the table's measure, or as the column measure says",
     "low": "lower end of the 95 % interval",
     "high": "upper end of the 95 % interval",
+    "pictures": "how many",
+    "claims.*": "as the column measure says",
+    "pictures.picture": "number among the pictures that could be opened, -1 for one that could not",
+    "other_scenes.value": SHARE,
+    "shuffled.value": SHARE,
+    "captions.others": "how many other nouns the caption said",
+    "captions.kept": "how many of them it still says",
+    "silenced.*": "nats, drop of log p of the noun",
+    "swap.fitted to p": "probability of the target",
+    "swap.size of the change": "Frobenius norm of the change of weights",
+    "swap.*": SHARE,
+    "votes.direct_log_p": "nats",
+    "votes.scale": "ratio of the norm's divisors",
+    "votes.common": "share of the mean square, 0 to 1",
+    "votes.*": "logits",
+    "verdicts.neurons": "how many",
+    "verdicts.order_scenes": "how many",
+    "verdicts.size_scenes": "how many",
+    "peaks.*": "highest activation in the picture, a row a picture",
+    "multimodal.*": "area under the curve, 0 to 1; 0.5 is chance",
+    "multimodal.picture": "area under the curve, 0 to 1; 0.5 is chance",
+    "scores.*": "logits, direct score",
+    "overlaps.*": SHARE,
+    "sensitive.*": "share of captions that say the word",
+    "mitigation.*": SHARE,
 }
 
 
@@ -89,11 +144,27 @@ def parameters(path: Path) -> dict[str, dict[str, Any]]:
 
     try:
         found = papermill.inspect_notebook(str(path))
-    except (ValueError, nbformat.ValidationError) as error:  # no JSON, or JSON of something else
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:  # no JSON, or JSON of something else
+        if "kernel name" in str(error):
+            raise MmnError(f"{path} does not say which kernel runs it: open it in Jupyter and save it.") from None
         raise MmnError(f"{path} is no notebook that can be read ({type(error).__name__}): give another one.") from None
     return {
-        name: {"type": each["inferred_type_name"], "default": each["default"], "help": each["help"]} for name, each in found.items()
+        name: {"type": _kind(each["inferred_type_name"], each["default"]), "default": each["default"], "help": each["help"]}
+        for name, each in found.items()
     }
+
+
+def _kind(told: str, default: str) -> str:
+    """The type of a parameter: as it is annotated, else that of its default."""
+    return told if told != "None" else type(_literal(default)).__name__
+
+
+def _literal(default: str) -> Any:
+    """What a default stands for; the text itself, where it is an expression."""
+    try:
+        return ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return default
 
 
 def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
@@ -106,11 +177,16 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
         if name not in known:
             raise MmnError(f"{path.stem} has no parameter {name!r}: it has {', '.join(known)}.")
         kind = known[name]["type"]
+        if kind not in KINDS:
+            raise MmnError(f"{name} is a value of type {kind}, which cannot be given here: only {', '.join(KINDS)} can.")
         try:
-            values[name] = KINDS.get(kind, str)(text)
+            values[name] = KINDS[kind](text)
         except ValueError:
             raise MmnError(f"{name} is a value of type {kind}, not {text!r}: {known[name]['help']}.") from None
-    check(**values)
+    if values.get("images") == "scenes":
+        values["images"] = ""  # a chapter draws its own
+    kinds = dict.fromkeys(RANGES, "int") | dict.fromkeys(TEXTS, "str")  # a notebook of one's own may mean something else by a name
+    check(**{name: value for name, value in values.items() if kinds.get(name) == known[name]["type"]})
     if values.get("images"):
         from mmn import sources
 
@@ -122,31 +198,73 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check(**values: Any) -> dict[str, Any]:
-    """The parameters of a chapter, as they were given. Raises MmnError for a number too small or not whole, a file, folder or model
-    that does not exist, a source without pictures, a device that this machine does not have, an unknown dtype, and a place for results
-    that is a file."""
-    from mmn import sources, vlm  # reads torch, which takes seconds
+    """The parameters of a chapter, as they were given; those of other names than the chapters' pass.
 
+    Raises MmnError for a number out of range or not whole, a picture that is none, a folder or model that does not exist, a source without
+    pictures, a device that this machine does not have, an unknown dtype, and a place for results that is no folder."""
     for name, value in values.items():
-        least, whole_number = LEAST.get(name, 1), isinstance(value, int) and not isinstance(value, bool)
-        if (whole_number and value < least) or (name in ("seed", "top_k", "pictures") and not whole_number):
-            raise MmnError(f"{name} is a whole number of at least {least}, not {value!r}.")
-        if name in MODELS and value:
-            vlm.resolve(value)
-    if values.get("image") and not Path(values["image"]).is_file():
-        raise MmnError(f"There is no file {values['image']}: give image another one.")
+        if name in RANGES:
+            low, high = RANGES[name]
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise MmnError(f"{name} is a whole number from {low:,} to {high:,}, not {value!r}.")
+        elif name in TEXTS and not isinstance(value, str):
+            raise MmnError(f"{name} is text, not {value!r}.")
+        elif name in NEEDED and not value.strip():
+            raise MmnError(f"{name} must not be empty.")
+    if values.get("out"):
+        _place(Path(values["out"]))
+    if values.get("image"):
+        from mmn.images import open_image
+
+        open_image(values["image"])
     if values.get("images"):
+        from mmn import sources
+
+        if Path(values["images"]).is_file():
+            raise MmnError(f"{values['images']} is a file: images names a folder or another source of pictures.")
+        if values["images"] == "scenes":
+            raise MmnError('Scenes are drawn where images is "": leave it empty.')
         sources.load(values["images"], 1)
+    for name in MODELS:
+        if values.get(name):
+            _checkpoint(name, values[name])
     if values.keys() & {"device", "dtype"}:
+        from mmn import vlm  # reads torch, which takes seconds
+
         vlm.place(values.get("device") or None, values.get("dtype", "float32"))
-    if values.get("out") and Path(values["out"]).exists() and not Path(values["out"]).is_dir():
-        raise MmnError(f"{values['out']} is a file: give a folder for out.")
     return values
 
 
+def _place(folder: Path) -> None:
+    """Raises MmnError where no folder can be made, or nothing can be written to it."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise MmnError(f"{there} is a file: give a folder for out.")
+    if not os.access(there, os.W_OK):
+        raise MmnError(f"{there} may not be written to: give another folder for out.")
+
+
+def _checkpoint(name: str, value: str) -> None:
+    """Raises MmnError where there is no such model. Encoders may have old names without an owner, such as `roberta-large`."""
+    from mmn import vlm
+
+    try:
+        vlm.resolve(value)
+    except MmnError:
+        if name == "model" or Path(value).exists() or value.startswith((".", "/", "~")):
+            raise
+        from huggingface_hub import model_info, try_to_load_from_cache
+
+        try:
+            if not isinstance(try_to_load_from_cache(value, "config.json"), str):
+                model_info(value, timeout=10)
+        except Exception:  # whatever the Hub's client raises, offline or for no such name
+            raise MmnError(f"There is no model {value!r} here: give {name} a folder, or its name while you are online.") from None
+
+
 def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
-    """At most `count` pictures of a source (see mmn.sources), and a table of all: columns picture (its number among those that could be
-    opened, or -1), name, problem. One that cannot be opened is told in a printed line.
+    """The first `count` pictures of a source (see mmn.sources) that can be opened, and a table of those tried: columns picture (its number
+    among the opened, or -1), name, problem. One that cannot be opened is told in a printed line.
 
     Raises MmnError if none can be opened."""
     import pandas as pd
@@ -155,7 +273,9 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
 
     found: list[Image.Image] = []
     rows = []
-    for each in sources.load(images, count):
+    for each in sources.load(images, sys.maxsize):
+        if len(found) == count:
+            break
         try:
             found.append(each.open())
             rows.append((len(found) - 1, each.id, ""))
@@ -168,21 +288,41 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
 
 
 def write(settings: Mapping[str, Any], vlm: VLM, tables: Mapping[str, pd.DataFrame | None], **more: Any) -> None:
-    """Write the tables of a chapter (None: this run has none) into `settings["out"]`, and beside them `settings.json`: the settings,
-    what computed them (see mmn.pieces.about), the units of the columns, and `more`. Raises MmnError where they cannot be written."""
+    """Write the tables of a chapter into `settings["out"]` (not None, nor one without columns: this run has none), and beside them
+    `settings.json`: the settings, what computed them (see mmn.pieces.about), the units of the numbers, and `more`. With the table
+    `pictures`, of `opened`, the columns `picture` of the others name files. Raises MmnError where they cannot be written."""
     import pandas as pd
 
     out = Path(settings["out"])
     some = {}
+    files = tables.get("pictures")
+    names = {} if files is None else dict(zip(files["picture"], files["name"], strict=True))
     for name, table in tables.items():
-        if table is not None:
-            plain = isinstance(table.index, pd.RangeIndex) and table.index.name is None
-            some[name] = table if plain else table.rename_axis(index=[each or "row" for each in table.index.names]).reset_index()
-            put(out / f"{name}.csv", csv(some[name]))
-    columns = {str(column) for table in some.values() for column in table.columns}
-    units = {column: UNITS[column] for column in sorted(columns & UNITS.keys())}
+        if table is not None and len(table.columns):
+            plain = table.index.name is None and pd.api.types.is_integer_dtype(table.index)
+            flat = table if plain else table.rename_axis(index=[each or "row" for each in table.index.names]).reset_index()
+            if names and table is not files and "picture" in flat:
+                flat = flat.assign(picture=flat["picture"].map(names))
+            some[name] = flat
+            put(out / f"{name}.csv", csv(flat))
+    units = {}
+    for name, table in some.items():
+        numbers = table.select_dtypes("number").columns.union([c for c in ("picture",) if c in table], sort=False)
+        units[name] = {str(column): unit for column in numbers if (unit := _unit(name, str(column)))}
     record = {"settings": dict(settings), **about(vlm), "tables": sorted(some), "units": units, **more}
     put(out / "settings.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _unit(table: str, column: str) -> str | None:
+    """What the numbers of a column are; the control of a measure, its name with `_random`, is as the measure."""
+    from mmn.editors import MEASURES
+
+    known = {f"measures.{name}": text for name, text in MEASURES.items()} | {
+        f"trade_off.{name}": text for name, text in MEASURES.items()
+    }
+    plain = column.removesuffix("_random")
+    keys = (f"{table}.{column}", f"{table}.{plain}", column, plain, f"{table}.*")
+    return next((found[key] for found in (known, UNITS) for key in keys if key in found), None)
 
 
 def execute(path: Path, values: Mapping[str, Any], out: Path, *, progress: bool = True, cell_seconds: int = CELL_SECONDS) -> Path:
@@ -190,23 +330,30 @@ def execute(path: Path, values: Mapping[str, Any], out: Path, *, progress: bool 
 
     Raises MmnError, with the sentence of the cell that stopped, where it does not run through."""
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     folder = out / path.stem
+    known = parameters(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MmnError(f"{folder} cannot be written ({error.strerror}): give another --out.") from None
+    _clear(folder, path)
     values = dict(values)
-    if "out" in parameters(path):
+    if "out" in known:
         values["out"] = str(folder.resolve())
     part, done = folder / f".{path.stem}.part.ipynb", folder / f"{path.stem}.ipynb"
     try:
         papermill.execute_notebook(
             str(path), str(part), values, progress_bar=progress, execution_timeout=cell_seconds, kernel_name="python3",
         )  # fmt: skip
+    except NoSuchKernel:
+        part.unlink(missing_ok=True)
+        raise MmnError("There is no kernel python3 here: pip install ipykernel, then python -m ipykernel install --user.") from None
     except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
-        os.replace(part, folder / f"{path.stem}.failed.ipynb")
+        if part.exists():
+            os.replace(part, folder / f"{path.stem}.failed.ipynb")
         if isinstance(error, CellTimeoutError):
             raise MmnError(f"{path.stem} stopped: a cell took more than {cell_seconds} seconds; see --cell-seconds.") from None
         if isinstance(error, DeadKernelError):
@@ -219,26 +366,52 @@ def execute(path: Path, values: Mapping[str, Any], out: Path, *, progress: bool 
         raise
     os.replace(part, done)
     figures(done, folder / "figures")
+    if not (folder / "settings.json").exists():  # a notebook that does not call `write`
+        settings = {name: _literal(each["default"]) for name, each in known.items()} | values
+        versions = {name: version(name) for name in (*PACKAGES, "papermill")}
+        record: dict[str, Any] = {"settings": settings, "versions": versions, "commit": commit(), "tables": []}
+        put(folder / "settings.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
     return done
 
 
+def _clear(folder: Path, path: Path) -> None:
+    """Take away what an earlier run of the chapter left in its folder, so that nothing of two runs stands side by side."""
+    try:
+        tables = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["tables"]
+    except (OSError, ValueError, KeyError, TypeError):  # there was none, or it is no file of ours
+        tables = []
+    names = (
+        f"{path.stem}.ipynb",
+        f"{path.stem}.failed.ipynb",
+        "pictures.csv",
+        "settings.json",
+        *(f"{each}.csv" for each in tables),
+    )
+    for old in (*(folder / name for name in names), *(folder / "figures").glob("cell-*")):
+        if old.resolve() != path.resolve():  # which may be run where it stands
+            old.unlink(missing_ok=True)
+
+
 def figures(notebook: Path, folder: Path) -> list[Path]:
-    """Write the pictures among a notebook's outputs as files, named by cell."""
+    """Write the pictures among a notebook's outputs as files, named by the number of the code cell, as the chapter counts it, and the first
+    words of its alternative text, else of the heading above."""
     import nbformat
 
-    written = []
-    for number, cell in enumerate(nbformat.read(notebook, 4).cells):
-        kinds = {"image/png": "png", "image/jpeg": "jpg"}
-        bodies = [
-            (data[kind], end)
-            for each in cell.get("outputs", ())
-            for kind, end in kinds.items()
-            if kind in (data := each.get("data", {}))
-        ]
-        for place, (body, end) in enumerate(bodies):
-            target = folder / f"cell-{number:02d}{f'-{place}' if place else ''}.{end}"
+    ends = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
+    written, number, heading = [], 0, ""
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "markdown":
+            heading = ([line for line in cell.source.splitlines() if line.startswith("#")] or [heading])[-1]
+        if cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", []):
+            continue
+        number += 1
+        said = cell.metadata.get("mystnb", {}).get("image", {}).get("alt") or heading
+        name = "-".join([f"cell-{number:02d}", *re.findall(r"[a-z0-9]+", said.lower())[:6]])
+        data = [output.get("data", {}) for output in cell.outputs]
+        for place, (end, body) in enumerate(((end, each[kind]) for each in data for kind, end in ends.items() if kind in each), 1):
+            target = folder / f"{name}{f'-{place}' if place > 1 else ''}.{end}"
             with whole(target) as part:
-                part.write_bytes(base64.b64decode(body))
+                part.write_bytes(body.encode() if end == "svg" else base64.b64decode(body))
             written.append(target)
     return written
 
@@ -267,15 +440,21 @@ def run(args: argparse.Namespace) -> int:
     given |= {name: value for name, value in (("model", args.model), ("images", args.images)) if value}
     if "out" in given:
         raise MmnError("Where results go is said by --out alone: leave -p out=... away.")
+    if args.cell_seconds < 1:
+        raise MmnError(f"--cell-seconds is a whole number of at least 1, not {args.cell_seconds}.")
     done = execute(path, checked(path, given), args.out, cell_seconds=args.cell_seconds)
     print(f"Written to {done}")
-    return int(_left_out(done.parent / "pictures.csv"))
+    missing = _left_out(done.parent / "pictures.csv")
+    if missing:
+        print(f"Pictures that could not be opened: {missing}; see {done.parent / 'pictures.csv'}")
+    return int(missing > 0)
 
 
-def _left_out(table: Path) -> bool:
+def _left_out(table: Path) -> int:
+    """How many pictures of a table as `opened` makes it could not be opened."""
     import pandas as pd
 
-    return table.exists() and bool(pd.read_csv(table, keep_default_na=False)["problem"].ne("").any())
+    return int(pd.read_csv(table, keep_default_na=False)["problem"].ne("").sum()) if table.exists() else 0
 
 
 def listing(paths: Iterable[Path]) -> str:

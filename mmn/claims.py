@@ -73,13 +73,18 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
 
 
 def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
-    """The rows with every number in a column of its own, for a file."""
+    """The rows with every number in a column of its own, for a file; of the other models mean, least and most by kind (CONTRASTS)."""
     none = Interval(float("nan"), float("nan"), float("nan"))
     lines = []
     for row in rows:
         line = {"claim": row.claim, "source": row.source, "measure": row.measure, **row.found._asdict()}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
-        lines.append(line | {"bar": row.bar, "verdict": row.verdict})
+        line |= {"bar": row.bar, "verdict": row.verdict}
+        for start in CONTRASTS:
+            some = [value for label, value in row.contrasts.items() if label.startswith(start)]
+            spread = (float(np.mean(some)), min(some), max(some)) if some else (none.value,) * 3
+            line |= {f"{start}_{name}": value for name, value in zip(("mean", "least", "most"), spread, strict=True)}
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

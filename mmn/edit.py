@@ -154,7 +154,7 @@ class Edit:
     # --------------------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the edit as one safetensors file, whole or not at all, and the folders it needs. Raises MmnError where it cannot be written."""
+        """Write the edit as one safetensors file, whole or not at all, in folders that are made. Raises MmnError where it cannot be."""
         file = Path(path)
         words = {"model_hash": self.model_hash, "source": self.source, "target": self.target, "report": json.dumps(self.report)}
         tensors = {"neurons": torch.tensor(self.neurons).reshape(-1, 2), "changes": self.changes.contiguous()}

@@ -4,6 +4,7 @@ Every measure here is this project's own [ours]."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,7 +44,8 @@ def read_pictures(vlm: VLM, images: Sequence[Image.Image], reader: Reader, batch
     picture and layer while the model reads them, so that nothing more than one layer of one batch is ever held.
 
     Raises MmnError for a model that has no image positions."""
-    for start in tqdm(range(0, len(images), batch_size), desc="pictures", leave=False, delay=5):
+    quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not heed
+    for start in tqdm(range(0, len(images), batch_size), desc="pictures", leave=False, delay=5, disable=quiet):
         part = images[start : start + batch_size]
         inputs = vlm.inputs(part, [vlm.prompt] * len(part), [PREFIX] * len(part))
         here = vlm.image_positions(inputs)
@@ -201,30 +203,27 @@ def responses(values: Tensor, asked: Sequence[str] | np.ndarray, words: Sequence
 # ------------------------------------------------------------------------------------------------------------ words and pictures
 
 
-def first_tokens(vlm: VLM, word: str) -> set[int]:
-    """The tokens that a word can begin with, after a space and without one."""
-    found = set()
-    for form in (f" {word}", word):
-        ids = vlm.tokenizer(form, add_special_tokens=False)["input_ids"]
-        found |= set([token for token in ids if token_text(vlm, token).strip()][:1])
-    return found
+def first_token(vlm: VLM, word: str) -> int:
+    """The token that a word begins with inside a sentence."""
+    before, whole = (vlm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
+    return whole[len(before)]
 
 
 def written(vlm: VLM, neurons: Sequence[Neuron], names: Sequence[Sequence[str]], k: int = 10) -> np.ndarray:
     """Whether the k tokens that a neuron writes most hold the first one of any of its `names`: bool `[neurons]`."""
     ids, _ = top_token_ids(vlm, neurons, k)
-    begins = {name: first_tokens(vlm, name) for some in names for name in some}
+    begins = {name: first_token(vlm, name) for some in names for name in some}
     rows = zip(ids.tolist(), names, strict=True)
-    return np.array([any(begins[name] & set(row) for name in some) for row, some in rows], bool)
+    return np.array([any(begins[name] in row for name in some) for row, some in rows], bool)
 
 
 def reads_as(vlm: VLM, neuron: Neuron, word: str, k: int = 10) -> str:
     """A few words on whether a neuron writes a word: `writes it`, `writes its first piece 'ham'`, `does not write it`."""
-    ids, _ = top_token_ids(vlm, [neuron], k)
-    pieces = [token_text(vlm, token).strip() for token in ids[0].tolist() if token in first_tokens(vlm, word)]
-    if not pieces:
+    token = first_token(vlm, word)
+    if not written(vlm, [neuron], [[word]], k)[0]:
         return "does not write it"
-    return "writes it" if word in pieces else f"writes its first piece {pieces[0]!r}"
+    piece = token_text(vlm, token).strip()
+    return "writes it" if word == piece else f"writes its first piece {piece!r}"
 
 
 # ------------------------------------------------------------------------------------------------------------------- heatmaps

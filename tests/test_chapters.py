@@ -1,6 +1,7 @@
 """`mmn run` and `mmn list`: parameters are checked before a kernel starts; a chapter that stops leaves a sentence."""
 
 import json
+import re
 
 import nbformat
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import mmn
-from mmn import chapters, cli, scenes
+from mmn import chapters, claims, cli, metrics, scenes
 from mmn.errors import MmnError
 
 
@@ -19,7 +20,8 @@ def book(tmp_path, monkeypatch):
     folder.mkdir()
     cell = new_code_cell(
         'model: str = "tiny-llava"  # a model\nimages: str = ""  # a folder\ntop_k: int = 10  # neurons\nshare: float = 0.5  # of them\n'
-        'loud: bool = False  # or not\ndevice: str = ""  # of the weights\ndtype: str = "float32"  # of them\nout: str = ""  # a folder'
+        'loud: bool = False  # or not\ndevice: str = ""  # of the weights\ndtype: str = "float32"  # of them\nout: str = ""  # a folder\n'
+        "offset = -5  # without a type\nmore: list = []  # of a type that has no text"
     )
     cell.metadata["tags"] = ["parameters"]
     work = new_code_cell(
@@ -28,6 +30,7 @@ def book(tmp_path, monkeypatch):
         "from IPython.display import Image\ndisplay(Image(b'\\x89PNG\\r\\n\\x1a\\n...', format='png', width=1, height=1))\n"
         "Path(out, 'table.csv').write_text(f'{top_k},{share},{loud},{images}')"
     )
+    work.metadata["mystnb"] = {"image": {"alt": "A cat on the beach, and a dog."}}
     nb = new_notebook(
         cells=[cell, work], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
@@ -43,8 +46,13 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
     assert cli.main([*words, "--out", str(book / "results")]) == 0
     results = book / "results" / "04_small"
     assert (results / "table.csv").read_text() == f"3,0.25,True,{book / 'pictures'}"
-    assert sorted(p.name for p in results.iterdir()) == ["04_small.ipynb", "figures", "table.csv"]
-    assert (results / "figures" / "cell-02.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in results.iterdir()) == ["04_small.ipynb", "figures", "settings.json", "table.csv"]
+    # Numbered as the chapter counts its cells, without the one that papermill adds.
+    assert (results / "figures" / "cell-02-a-cat-on-the-beach-and.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((results / "settings.json").read_text())  # a notebook that does not write its own has one, too
+    assert record["settings"] == {"model": "tiny-llava", "images": str(book / "pictures"), "top_k": 3, "share": 0.25, "loud": True,
+                                  "device": "", "dtype": "float32", "out": str(results), "offset": -5, "more": []}  # fmt: skip
+    assert record["versions"]["papermill"] and "commit" in record
     assert cli.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert "04_small" in listed and "top_k:" in listed and "neurons" in listed
@@ -62,9 +70,16 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
         (["run", "4", "--images", "empty"], "empty"),
         (["run", "4", "--images", "sbu:empty"], "has no manifest.csv"),
         (["run", "4", "--model", "nobodys"], "There is no model 'nobodys'"),
-        (["run", "4", "-p", "top_k=0"], "top_k is a whole number of at least 1, not 0."),
-        (["run", "4", "-p", "top_k=-3"], "top_k is a whole number of at least 1, not -3."),
+        (["run", "4", "--images", "broken.ipynb"], "broken.ipynb is a file: images names a folder"),
+        (["run", "4", "-p", "top_k=0"], "top_k is a whole number from 1 to 1,000,000, not 0."),
+        (["run", "4", "-p", "top_k=-3"], "top_k is a whole number from 1 to 1,000,000, not -3."),
+        (["run", "4", "-p", f"top_k={10**12}"], "top_k is a whole number from 1 to 1,000,000, not 1000000000000."),
+        (["run", "4", "-p", "offset=x"], "offset is a value of type int, not 'x'"),
+        (["run", "4", "-p", "more=[1]"], "more is a value of type list, which cannot be given here"),
+        (["run", "4", "--cell-seconds", "0"], "--cell-seconds is a whole number of at least 1, not 0."),
         (["run", "broken.ipynb"], "is no notebook that can be read"),
+        (["run", "list.ipynb"], "is no notebook that can be read"),
+        (["run", "nobodys.ipynb"], "nobodys.ipynb does not say which kernel runs it"),
         (["run", "4", "-p", "out=here"], "--out alone"),
         (["run", "4", "-p", "device=gpu"], "The device 'gpu' cannot be used: "),
         (["run", "4", "-p", "device=meta:x"], "The device 'meta:x' cannot be used: "),
@@ -75,6 +90,10 @@ def test_bad_parameters_stop_before_anything_starts(book, capsys, monkeypatch, w
     monkeypatch.chdir(book)
     (book / "empty").mkdir()
     (book / "broken.ipynb").write_text("{")
+    (book / "list.ipynb").write_text("[]")
+    parameters = new_code_cell("k = 1")
+    parameters.metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=[parameters]), book / "nobodys.ipynb")
     assert cli.main([*words, "--out", str(book / "results")]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1  # one sentence
@@ -82,52 +101,122 @@ def test_bad_parameters_stop_before_anything_starts(book, capsys, monkeypatch, w
 
 
 def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, capsys):
-    words = ["run", "4", "--out", str(book / "results"), "--cell-seconds", "5", "-p"]
+    words = ["run", "4", "--out", str(book / "results"), "-p"]
     for given, said in (
-        ("top_k=100", "MmnError: top_k is too large."),
-        ("share=2", "a cell took more than 5 seconds; see --cell-seconds."),
-        ("share=3", "its process was killed, perhaps for want of memory: take fewer pictures."),
+        (["top_k=100"], "MmnError: top_k is too large."),
+        (["share=2", "--cell-seconds", "3"], "a cell took more than 3 seconds; see --cell-seconds."),
+        (["share=3"], "its process was killed, perhaps for want of memory: take fewer pictures."),
     ):
-        assert cli.main([*words, given]) == 2
+        assert cli.main([*words, *given]) == 2
         assert f"04_small stopped: {said}" in capsys.readouterr().err
         assert [p.name for p in (book / "results" / "04_small").iterdir()] == ["04_small.failed.ipynb"]
+    assert cli.main([*words, "offset=-7"]) == 0  # and the next run takes that away
+    assert "04_small.failed.ipynb" not in [p.name for p in (book / "results" / "04_small").iterdir()]
     (book / "file").write_text("")
     assert cli.main(["run", "4", "--out", str(book / "file")]) == 2 and "cannot be written" in capsys.readouterr().err
 
 
-def test_a_chapter_checks_for_itself():
-    assert chapters.check(model="tiny-llava", top_k=5, seed=0, images="", out="")["top_k"] == 5
-    for given in ({"seed": -1}, {"concepts": 1}, {"pictures": 2.5}, {"top_k": True}, {"image": "nowhere.png"}, {"clip": "nowhere"},
-                  {"images": "nowhere"}, {"out": __file__}, {"device": "gpu"}):  # fmt: skip
-        with pytest.raises(MmnError):
-            chapters.check(**given)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "seed is a whole number from 0"),
+        ({"concepts": 2}, "concepts is a whole number from 3"),
+        ({"pictures": 2.5}, "pictures is a whole number from 1"),
+        ({"sample": "many"}, "sample is a whole number from 1"),
+        ({"top_k": True}, "top_k is a whole number from 1"),
+        ({"noun": 5}, "noun is text, not 5"),
+        ({"target": ""}, "target must not be empty"),
+        ({"image": "nowhere.png"}, "There is no picture nowhere.png"),
+        ({"image": "."}, "is a folder, not a picture"),
+        ({"image": __file__}, "no picture that can be read"),
+        ({"clip": "nowhere"}, "There is no model 'nowhere' here: give clip a folder"),
+        ({"model": "nowhere"}, "There is no model 'nowhere'"),
+        ({"images": "nowhere"}, "There is no folder nowhere"),
+        ({"images": "scenes"}, 'Scenes are drawn where images is ""'),
+        ({"out": __file__}, "is a file: give a folder for out"),
+        ({"out": f"{__file__}/deep/er"}, "is a file: give a folder for out"),
+        ({"device": "gpu"}, "The device 'gpu' cannot be used"),
+    ],
+)
+def test_a_chapter_checks_for_itself(given, message, monkeypatch):
+    def nobody(*_, **__):
+        raise OSError("no such name")
+
+    monkeypatch.setattr("huggingface_hub.model_info", nobody)
+    fine = {"model": "tiny-llava", "top_k": 5, "seed": 0, "images": "", "out": ""}
+    assert chapters.check(**fine) == fine
+    with pytest.raises(MmnError, match=re.escape(message)):
+        chapters.check(**fine | given)
+
+
+def test_the_source_scenes_is_what_a_chapter_draws_itself(book):
+    assert chapters.checked(chapters.chapter("4"), {"images": "scenes"}) == {"images": ""}
+
+
+def test_encoders_may_have_names_without_an_owner(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: None)
+    assert chapters.check(bert="roberta-large")
 
 
 def test_pictures_that_cannot_be_opened_are_left_out_and_told(tmp_path, capsys):
-    for number in range(3):
+    for number in range(4):
         scenes.draw(number).image.save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:200])
-    found, table = chapters.opened(str(tmp_path), 9)
+    found, table = chapters.opened(str(tmp_path), 2)  # two that can be opened, not the first two files
     assert len(found) == 2 and list(table["picture"]) == [0, -1, 1] and list(table["name"]) == ["0.png", "1.png", "2.png"]
-    assert capsys.readouterr().out.startswith("left out: 1.png is damaged")
+    said = capsys.readouterr().out
+    assert said.startswith("left out: 1.png is damaged") and said.count("\n") == 1
     table.to_csv(tmp_path / "pictures.csv", index=False)
     assert chapters._left_out(tmp_path / "pictures.csv") and not chapters._left_out(tmp_path / "none.csv")
-    for number in (0, 2):
+    for number in (0, 2, 3):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    with pytest.raises(MmnError, match="None of the 3 pictures"):
+    with pytest.raises(MmnError, match="None of the 4 pictures"):
         chapters.opened(str(tmp_path), 9)
+
+
+def test_a_run_that_left_a_picture_out_ends_with_1_and_the_next_whole_one_with_0(book, capsys):
+    (book / "pictures").mkdir()
+    scenes.draw(1).image.save(book / "pictures" / "1.png")
+    (book / "pictures" / "0.png").write_bytes(b"none")
+    cells = ['images: str = ""  # a folder\nout: str = ""  # a folder', "from mmn import chapters\nif images:\n"
+             "    files = chapters.opened(images, 5)[1]\n    files.to_csv(f'{out}/pictures.csv')"]  # fmt: skip
+    made = nbformat.read(chapters.FOLDER / "04_small.ipynb", 4)
+    for cell, source in zip(made.cells, cells, strict=True):
+        cell.source = source
+    nbformat.write(made, chapters.FOLDER / "05_opens.ipynb")
+    words = ["run", "5", "--out", str(book / "results")]
+    assert cli.main([*words, "--images", str(book / "pictures")]) == 1
+    assert (book / "results" / "05_opens" / "05_opens.ipynb").exists()
+    assert "Pictures that could not be opened: 1; see" in capsys.readouterr().out
+    assert cli.main(words) == 0  # nothing of the run before is left
 
 
 def test_tables_say_what_made_them(tmp_path):
     vlm = mmn.load("tiny-llava")
-    frame = pd.DataFrame({"drop": [1.5]}, index=pd.Index(["dog"], name="noun"))
-    chapters.write({"out": str(tmp_path / "new"), "seed": 3}, vlm, {"drops": frame, "absent": None}, noun="dog")
-    assert (tmp_path / "new" / "drops.csv").read_text() == "noun,drop\ndog,1.5\n"
-    record = json.loads((tmp_path / "new" / "settings.json").read_text())
-    assert (
-        record["settings"]["seed"] == 3 and record["hash"] == vlm.hash and record["noun"] == "dog" and record["versions"]["torch"]
+    drops = pd.DataFrame({"drop": [1.5]}, index=pd.Index(["dog"], name="noun"))
+    seen = pd.DataFrame({"picture": [1, 0], "iou_random": [0.5, 0.25]}, index=[7, 3])
+    files = pd.DataFrame(
+        {"picture": [0, -1, -1, 1], "name": ["a.png", "b.png", "e.png", "c.png"], "problem": ["", "damaged", "damaged", ""]}
     )
-    assert record["units"] == {"drop": "nats, of log p of the noun"} and record["tables"] == ["drops"]
+    tables = {"drops": drops, "seen": seen, "pictures": files, "absent": None, "empty": pd.DataFrame([])}
+    chapters.write({"out": str(tmp_path / "new"), "seed": 3}, vlm, tables, noun="dog")
+    assert (tmp_path / "new" / "drops.csv").read_text() == "noun,drop\ndog,1.5\n"
+    assert (tmp_path / "new" / "seen.csv").read_text() == "picture,iou_random\nc.png,0.5\na.png,0.25\n"
+    record = json.loads((tmp_path / "new" / "settings.json").read_text())
+    assert record["settings"]["seed"] == 3 and record["hash"] == vlm.hash and record["noun"] == "dog"
+    assert record["versions"]["torch"] and {"commit", "revision"} <= record.keys()
+    assert record["tables"] == ["drops", "pictures", "seen"] and record["units"]["drops"] == {"drop": "nats, of log p of the noun"}
+    assert record["units"]["seen"]["iou_random"].startswith("intersection over union")
+    assert record["units"]["seen"]["picture"].startswith("the file's name")
+
+
+def test_claims_in_a_file_have_their_numbers_in_columns_of_their_own():
+    found, control = metrics.Interval(0.9, 0.8, 1.0), metrics.Interval(0.1, 0.0, 0.2)
+    row = claims.Claim("It holds", "share", found, control, 0.5, contrasts={"seed-1": 0.6, "seed-2": 0.8})
+    table = claims.tidy([row, claims.Claim("It stands alone", "share", found)])
+    assert table.loc[0, ["value", "low", "high", "control_value", "bar"]].tolist() == [0.9, 0.8, 1.0, 0.1, 0.5]
+    assert table.loc[0, ["seed_mean", "seed_least", "seed_most"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
+    assert table["verdict"].tolist() == ["holds", "holds"] and table.loc[1].isna().sum() >= 4
 
 
 def test_without_the_checkout_one_sentence_says_so(tmp_path, monkeypatch):

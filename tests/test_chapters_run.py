@@ -3,6 +3,7 @@ sentence that says what the model lacks. `MMN_ALL_CHAPTERS=1 pytest tests/test_c
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def test_it_runs_through_or_says_why_not(name: str, family: str, source: str, fo
     else:
         assert "Traceback" not in done.read_text(encoding="utf-8") and (tmp_path / name / "settings.json").exists()
         assert list((tmp_path / name).glob("*.csv")) and list((tmp_path / name / "figures").iterdir()), "its tables and figures"
+        record = json.loads((tmp_path / name / "settings.json").read_text(encoding="utf-8"))
+        assert record["settings"].keys() == known.keys() and record["hash"]
+        for each in record["tables"]:
+            numbers = pd.read_csv(tmp_path / name / f"{each}.csv").select_dtypes("number").columns
+            assert set(numbers) <= record["units"][each].keys(), f"{each}.csv: columns without a unit"
         if "images" in values:
             table = pd.read_csv(tmp_path / name / "pictures.csv", keep_default_na=False)
             assert "is damaged" in table.set_index("name")["problem"]["1b.png"] and table["problem"].ne("").sum() == 1

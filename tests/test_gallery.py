@@ -1,5 +1,6 @@
-"""Many pictures through a few neurons: against the heatmap, a plain hook, and scikit-learn."""
+"""Many pictures through a few neurons: against the heatmap, a plain hook, scikit-learn, and tables made by hand."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import mmn
-from mmn import gallery
+from mmn import gallery, properties, scenes, semantics
 from mmn.errors import MmnError
 
 
@@ -50,3 +51,96 @@ def test_auroc_is_scikit_learns(samples):
             gallery.auroc(table, positive)
     else:
         np.testing.assert_allclose(gallery.auroc(table, positive), roc_auc_score(positive, values))
+
+
+WORDS = ("dog", "hammer", "fish")
+
+
+def test_choices_of_neurons():
+    vlm = mmn.load("tiny-llava")
+    sets = gallery.choices(vlm, WORDS, 5)
+    assert list(sets) == ["found", "by pictures", "another concept's", "random"]
+    assert all(list(some) == list(WORDS) and all(len(mine) == 5 for mine in some.values()) for some in sets.values())
+    assert len(gallery.everyone(sets)) == 4 * 3 * 5
+    assert sets["another concept's"]["fish"] == sets["found"]["dog"]
+    found, random = ({n for mine in sets[name].values() for n in mine} for name in ("found", "random"))
+    assert not found & random and sorted(n.layer for n in random) == sorted(
+        n.layer for mine in sets["found"].values() for n in mine
+    )
+    # what tells the concepts' pictures apart does so on other pictures of them
+    scenery = gallery.showing(WORDS, each=1)
+    values = gallery.peaks(vlm, [scene.image for _, scene in scenery], gallery.everyone(sets))
+    table = gallery.aurocs(values, [word for word, _ in scenery], sets)
+    means = table.groupby("neurons")["auroc"].mean()
+    assert min(means["found"], means["by pictures"]) > 0.8 > 0.65 > max(means["random"], means["another concept's"])
+    with pytest.raises(MmnError, match="at least two"):
+        gallery.choices(vlm, WORDS[:1])
+
+
+def test_scenes_show_their_concept_in_every_art_and_no_other_one_asked_for():
+    found = gallery.showing(WORDS, each=3)
+    for word in WORDS:
+        mine = [scene for name, scene in found if name == word]
+        arts = [style for style in (*scenes.STYLES, scenes.HELD_OUT_STYLE) if word in scenes.sprites(style)]
+        assert sorted(scene.style for scene in mine) == sorted(3 * arts)
+        assert all(word in scene.names and not {*WORDS} - {word} & {*scene.names} for scene in mine)
+        assert {len(scene.objects) for scene in mine if scene.style == scenes.HELD_OUT_STYLE} == {1, 2}
+    assert [scene.place for name, scene in found if name == "dog"] == [scene.place for name, scene in found if name == "fish"]
+
+
+def test_aurocs_and_responses_of_made_up_values():
+    names = [mmn.Neuron(0, unit) for unit in range(4)]
+    sets = {"found": {"a": names[:1], "b": names[1:2]}, "random": {"a": names[2:3], "b": names[3:]}}
+    asked = ["a", "a", "b"]
+    values = torch.tensor([[3.0, 0, 1, -2], [4, 1, 1, -1], [2, 2, 1, -3]])
+    table = gallery.aurocs(values, asked, sets)
+    assert table["neurons"].tolist() == ["found", "found", "random", "random"] and table["concept"].tolist() == ["a", "b", "a", "b"]
+    assert table["auroc"].tolist() == [1, 1, 0.5, 0]
+    assert gallery.aurocs(values[:2], asked[:2], sets)["auroc"].isna().all()
+    expected = [[1, 2 / 3.5], [0.25, 1], [1, 1], [0, 0]]
+    np.testing.assert_allclose(gallery.responses(values, asked, ["a", "b"]), expected, rtol=1e-6)
+
+
+def test_what_a_neuron_writes_is_compared_by_a_word_s_first_token():
+    vlm = mmn.load("tiny-llava")
+    (case,) = (
+        case for case in properties.cases(vlm, [scenes.draw(5, concepts=["hammer"], style="noto")]) if case.lemma == "hammer"
+    )
+    assert case.noun.token == gallery.first_token(vlm, "hammer")
+    neurons = [mmn.Neuron(7, unit) for unit in range(512)]
+    ids, _ = semantics.top_token_ids(vlm, neurons, 10)
+    writes = torch.tensor([[case.noun.token in row] for row in ids.tolist()])[:, 0].numpy()
+    assert (gallery.written(vlm, neurons, [("hammer",)] * 512) == writes).all() and 0 < writes.sum() < 512
+    assert not gallery.written(vlm, neurons, [()] * 512).any()
+    one, other = neurons[int(writes.argmax())], neurons[int(writes.argmin())]
+    piece = semantics.token_text(vlm, case.noun.token).strip()
+    assert gallery.reads_as(vlm, one, "hammer") == ("writes it" if piece == "hammer" else f"writes its first piece {piece!r}")
+    assert gallery.reads_as(vlm, other, "hammer") == "does not write it"
+    back = gallery.first_token(vlm, "backpack")
+    one = neurons[next(row for row, each in enumerate(ids.tolist()) if back in each)]
+    assert gallery.reads_as(vlm, one, "backpack") == "writes its first piece 'back'"
+
+
+def test_ious_are_those_of_the_located_heatmaps():
+    vlm = mmn.load("tiny-llava")
+    cases = properties.cases(vlm, list(scenes.sample(2, first=40)))
+    table = gallery.ious(vlm, cases, (1, 10), most=1)
+    assert len(table) == 3 * len(cases) and set(table[table["neurons"] == "random"]["k"]) == {1}
+    for case, (_, part) in zip(cases, table.groupby(["picture", "noun"], sort=False), strict=True):
+        heat = mmn.heatmap(vlm, case.trace, case.top(10))
+        wanted = properties.located(heat.on_image(), case.scene.mask(case.lemma)).iou
+        assert part[(part["neurons"] == "found") & (part["k"] == 10)]["iou"].item() == pytest.approx(wanted, abs=1e-3)
+        assert (part["positive"] == int((case.scores > 0).sum())).all()
+    assert gallery.ious(vlm, [], (1,)).empty
+
+
+def test_maps():
+    vlm = tiny.llava()
+    (image,) = tiny.pictures(1)
+    neurons = [mmn.Neuron(0, 3), mmn.Neuron(1, 0)]
+    heat = mmn.heatmap(vlm, vlm.caption(image, max_new_tokens=1), neurons)
+    fig = gallery.maps(image, heat, mmn.top_tokens(vlm, neurons)["tokens"])
+    assert [ax.get_title().splitlines()[0] for ax in fig.axes[:2]] == ["L0.3", "L1.0"] and not fig.axes[2].axison
+    gallery.one_map(vlm, image, neurons[0], fig.axes[2], 7.0, "a title")
+    assert fig.axes[2].images[-1].get_clim() == (0, 7) and fig.axes[2].get_title() == "a title"
+    plt.close(fig)

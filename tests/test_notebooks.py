@@ -113,7 +113,7 @@ def test_the_tour_on_a_picture_that_the_reader_brings(tmp_path: Path, monkeypatc
 
 
 def test_a_picture_that_is_none_stops_the_tour_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(papermill.PapermillExecutionError, match="There is no file nowhere.png: give image another one.") as stopped:
+    with pytest.raises(papermill.PapermillExecutionError, match="There is no picture nowhere.png: ") as stopped:
         papermill.execute_notebook(
             CHAPTERS[0],
             tmp_path / "out.ipynb",
