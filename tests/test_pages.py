@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from docutils import nodes
+from docutils.utils import new_document
+from sphinx import addnodes
 
 import mmn
 
@@ -70,6 +73,24 @@ def test_docstrings_become_what_sphinx_reads(extension: Any) -> None:
     assert lines == [r"The ``k``\  best of \*all\*, ``[a, b]``\ .", "", r"1\. first", r"- x\_ \| y"]
     given = "(f: ~collections.abc.Callable[[~mmn.vlm.VLM], ~torch.Tensor])"
     assert extension.signature(None, "", "", None, None, given, None)[0] == "(f: Callable[[VLM], Tensor])"
+
+
+def test_first_uses_of_terms_lead_to_the_glossary(extension: Any) -> None:
+    page = new_document("page")
+    words = "A same-layer random neuron, image tokens, a neuron, Neurons; FFNs write; a token-like logit lens, logits, `logit`."
+    page += [nodes.title("", "The heatmap"), nodes.paragraph("", words.partition("`")[0]), nodes.literal("", "heatmap")]
+    page += nodes.emphasis("", "nats")
+    extension.link_terms(SimpleNamespace(env=SimpleNamespace(docname="book/limits")), page)
+    links = [(each.astext(), each["reftarget"]) for each in page.findall(addnodes.pending_xref)]
+    assert links == [
+        ("neuron", "neuron"),
+        ("image tokens", "image token"),
+        ("FFNs", "FFN"),
+        ("logit lens", "logit lens"),
+        ("logits", "logit"),
+        ("nats", "nat"),
+    ]
+    assert page.children[1].astext() == words.partition("`")[0]
 
 
 def test_buttons_lead_to_the_repository_if_there_is_one(extension: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,60 @@
-"""What the book's pages need beyond Jupyter Book: docstrings as they are written here, and the address of the project's repository."""
+"""What the book's pages need beyond Jupyter Book: links to the glossary, docstrings as they are written here, and the address of the
+project's repository."""
 
 from __future__ import annotations
 
 import os
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
+GLOSSARY = Path(__file__).parent.parent / "glossary.md"
+AMBIGUOUS = {"closed form", "edit", "gate", "overlap", "position", "resampling", "vote", "write"}  # linked where a page says so
+NO_LINKS = nodes.reference | nodes.literal | nodes.literal_block | nodes.title | nodes.math | nodes.raw | addnodes.pending_xref
+
+
+@cache
+def glossary() -> dict[str, str]:
+    """The terms that are linked by themselves: in small letters, and as the glossary has them."""
+    found = re.findall(r"^(?!:::|#)(\S.*)\n  ", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    return {term.lower(): term for term in found if term not in AMBIGUOUS}
+
+
+def link_terms(app: Sphinx, doctree: nodes.document) -> None:
+    """On each page, the first use of a term of the glossary leads there, in the plural too."""
+    page = app.env.docname
+    if page.startswith(("book/glossary", "book/api")):
+        return
+    linked = {node["reftarget"].lower() for node in doctree.findall(addnodes.pending_xref) if node.get("reftype") == "term"}
+    some = "|".join(re.escape(term) for term in sorted(glossary(), key=len, reverse=True))
+    for text in list(doctree.findall(nodes.Text)):
+        above, node = [], text.parent
+        while node is not None:
+            above.append(node)
+            node = node.parent
+        if any(isinstance(each, NO_LINKS) for each in above):
+            continue
+        parts: list[nodes.Node] = []
+        end = 0
+        for use in re.finditer(rf"(?<![\w-])({some})s?(?![\w-])", text, re.IGNORECASE):
+            if use[1].lower() not in linked:
+                linked.add(use[1].lower())
+                term = glossary()[use[1].lower()]
+                link = addnodes.pending_xref(
+                    "", nodes.inline(use[0], use[0], classes=["std-term"]), refdomain="std", reftype="term", reftarget=term,
+                    refexplicit=True, refdoc=page, refwarn=True,
+                )  # fmt: skip
+                parts += [nodes.Text(text[end : use.start()]), link]
+                end = use.end()
+        if parts:
+            text.parent.replace(text, [*parts, nodes.Text(text[end:])])
 
 
 def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -57,6 +102,7 @@ def accessible(app: Sphinx, page: str, template: str, context: dict[str, Any], t
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("doctree-read", link_terms)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     app.connect("config-inited", repository)
