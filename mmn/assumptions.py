@@ -198,10 +198,10 @@ def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.D
     """The assumptions' verdicts from tables of `votes`, one a scene, of a model with so many layers.
 
     One row an assumption, with two measures of agreement, each an Interval that resamples scenes, its control, the number of scenes that
-    count and a verdict. *order*: the rank correlation of a scene's neurons, averaged over the scenes with at least 5. *size*: the cosine
-    of the two columns over all scenes' neurons, to which large values matter most. The controls are the same with the first column
-    shuffled among the neurons of a layer. neurons: how many counted. For *later layers* those of the last layer do not count: behind them
-    there is none. Raises MmnError for no tables."""
+    count and a verdict. *order*: the rank correlation of a scene's neurons, averaged over the scenes with at least 5. *proportion*: the
+    cosine of the two columns over all scenes' neurons, 1 where one is a multiple of the other; large values matter most. The controls are
+    the same with the first column shuffled among the neurons of a layer. neurons: how many counted. For *later layers* those of the last
+    layer do not count: behind them there is none. Raises MmnError for no tables."""
     if not tables:
         raise MmnError("There are no votes to judge: give the table of at least one scene.")
     whole = pd.concat([table.assign(scene=scene) for scene, table in enumerate(tables)], ignore_index=True)
@@ -211,7 +211,7 @@ def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.D
         rng = np.random.default_rng(seed)
         shuffled = part.assign(**{one: part.groupby("layer")[one].transform(lambda values, rng=rng: rng.permutation(values))})
         row: dict[str, Any] = {"neurons": len(part)}
-        for measure, statistic in (("order", _orders), ("size", _sizes)):
+        for measure, statistic in (("order", _orders), ("proportion", _proportions)):
             rows = statistic(part, one, other)
             value, control = _interval(rows, measure), _interval(statistic(shuffled, one, other), measure)
             row |= {measure: value, f"{measure}_control": control, f"{measure}_scenes": len(rows)}
@@ -226,9 +226,9 @@ def order(part: pd.DataFrame, one: str, other: str) -> Interval | None:
     return _interval(_orders(part, one, other), "order")
 
 
-def size(part: pd.DataFrame, one: str, other: str) -> Interval | None:
+def proportion(part: pd.DataFrame, one: str, other: str) -> Interval | None:
     """Cosine of two columns over all scenes' neurons, to which large values matter most; None for fewer than 3 scenes."""
-    return _interval(_sizes(part, one, other), "size")
+    return _interval(_proportions(part, one, other), "proportion")
 
 
 def _orders(part: pd.DataFrame, one: str, other: str) -> np.ndarray:
@@ -236,7 +236,7 @@ def _orders(part: pd.DataFrame, one: str, other: str) -> np.ndarray:
     return np.array([row for row in rows if not math.isnan(row)])
 
 
-def _sizes(part: pd.DataFrame, one: str, other: str) -> np.ndarray:
+def _proportions(part: pd.DataFrame, one: str, other: str) -> np.ndarray:
     products = pd.DataFrame({"both": part[one] * part[other], "one": part[one] ** 2, "other": part[other] ** 2})
     return products.groupby(part["scene"]).sum().to_numpy()
 
@@ -286,8 +286,8 @@ def lens_auroc(vlm: VLM, trace: Trace, control: Noun, scene: Scene, grid: tuple[
     where either kind of patch is missing. Raises MmnError as `Trace.noun` does."""
     noun = trace.nouns[0]
     at = vlm.image_positions(vlm.replay(trace, noun.step))[0].cpu()
-    here = _shows(scene, noun.lemma, grid)
-    objects = np.any([here, *(_shows(scene, name, grid) for name in scene.names)], axis=0)
+    here = patches(scene.mask(noun.lemma), grid)
+    objects = np.any([here, *(patches(scene.mask(name), grid) for name in scene.names)], axis=0)
     rows = []
     log_p = lens(vlm, trace, noun.step, at, [noun.token, control.token]).numpy()
     for against, some in (("all others", np.ones_like(here)), ("other objects", objects)):
@@ -300,10 +300,10 @@ def lens_auroc(vlm: VLM, trace: Trace, control: Noun, scene: Scene, grid: tuple[
     return pd.DataFrame(rows, columns=["word", "against", "layers", "auroc"])
 
 
-def _shows(scene: Scene, concept: str, grid: tuple[int, int]) -> np.ndarray:
-    """Which patches show a concept, bool `[patches]`."""
-    mask = Image.fromarray(scene.mask(concept).astype(np.uint8) * 255)
-    return np.asarray(mask.resize(grid[::-1], Image.Resampling.BOX)).ravel() > ON_OBJECT * 255
+def patches(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Which patches of a grid (rows, columns) show what a mask, bool `[H, W]`, shows: bool `[patches]`."""
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(picture.resize(grid[::-1], Image.Resampling.BOX)).ravel() > ON_OBJECT * 255
 
 
 def curve(lines: Mapping[tuple[str, int], Interval]) -> pd.DataFrame:

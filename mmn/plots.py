@@ -126,7 +126,7 @@ def scores_by_layer(scores: Sequence[ArrayLike], found: Sequence[tuple[int, int]
         across, up = zip(*((spread[layer][unit], layers[layer][unit]) for layer, unit in found), strict=True)
         ax.plot(across, up, "D", color=VERMILION, ms=5, mec="black", mew=0.6, label=f"the {len(found)} found")
     ax.axhline(0, color="black", lw=0.6)
-    ax.set(xlabel="layer", ylabel="score (part of the logit)", xticks=range(0, len(layers), 1 + len(layers) // 16))
+    ax.set(xlabel="layer", ylabel="direct score", xticks=range(0, len(layers), 1 + len(layers) // 16))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -155,16 +155,21 @@ def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple
     return ax
 
 
-def zeroing(effects: Mapping[str, tuple[float, Sequence[float]]], ax: Axes | None = None, xlabel: str = "") -> Axes:
+def zeroing(
+    effects: Mapping[str, tuple[float, Sequence[float]]], ax: Axes | None = None, xlabel: str = "", others: Mapping[str, float] = {}
+) -> Axes:
     """Bars: for each noun the effect of zeroing the neurons found, beside that of same-layer random ones.
 
-    `effects` maps a noun to the effect of the neurons found and to those of the random draws, of which each is a dot."""
+    `effects` maps a noun to the effect of the neurons found and to those of the random draws, of which each is a dot; `others` to that of
+    the loudest neurons not found."""
     ax = _axes(ax, 6.0, 1.1 + 0.6 * len(effects))
     rows = np.arange(len(effects))
     for row, (found, draws) in zip(rows, effects.values(), strict=True):
         ax.barh(row - 0.15, found, 0.36, color=VERMILION, label="neurons found" if row == 0 else None)
         dots = f"same-layer random, {len(draws)} draws, a dot each" if row == 0 else None
         ax.plot(draws, np.full(len(draws), row + 0.25), "o", color=GREY, ms=5, alpha=0.6, mec="none", label=dots)
+    if others:
+        ax.plot([others[noun] for noun in effects], rows + 0.25, "D", color=BLUE, ms=5, mec="none", label="loudest others")
     ax.axvline(0, color="black", lw=0.8)
     ax.set(yticks=rows, yticklabels=[label(noun) for noun in effects], xlabel=xlabel, ylim=(len(effects) - 0.4, -0.6))
     ax.spines[["top", "right"]].set_visible(False)

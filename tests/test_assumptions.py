@@ -112,8 +112,8 @@ def made(scenes: int, truth: float, seed: int = 0) -> list[pd.DataFrame]:
 
 def test_verdicts_on_what_is_true_and_what_is_noise() -> None:
     true, noise = assumptions.verdicts(made(12, 1.0), 2), assumptions.verdicts(made(12, 0.0), 2)
-    assert set(true["order_verdict"]) == set(true["size_verdict"]) == {"holds"}
-    assert set(noise["order_verdict"]) == set(noise["size_verdict"]) == {"fails"}
+    assert set(true["order_verdict"]) == set(true["proportion_verdict"]) == {"holds"}
+    assert set(noise["order_verdict"]) == set(noise["proportion_verdict"]) == {"fails"}
     assert true["neurons"].tolist() == [480, 480, 240, 480] and set(true["order_scenes"]) == {12}
     assert true["order"].iloc[0].value == pytest.approx(1) and abs(true["order_control"].iloc[0].value) < 0.2
     with pytest.raises(mmn.MmnError, match="at least one scene"):
@@ -123,12 +123,12 @@ def test_verdicts_on_what_is_true_and_what_is_noise() -> None:
 def test_there_is_no_verdict_where_too_few_scenes_count() -> None:
     late = assumptions.verdicts([table.query("layer == 1") for table in made(12, 1.0)], 2)
     assert late["order_verdict"].tolist() == ["holds", "holds", "too few to say", "holds"]
-    assert late.loc["later layers", ["neurons", "order_scenes", "size_scenes"]].tolist() == [0, 0, 0]
-    assert set(assumptions.verdicts(made(9, 1.0), 2)["size_verdict"]) == {"too few to say"}
+    assert late.loc["later layers", ["neurons", "order_scenes", "proportion_scenes"]].tolist() == [0, 0, 0]
+    assert set(assumptions.verdicts(made(9, 1.0), 2)["proportion_verdict"]) == {"too few to say"}
     thin = [table.groupby("layer").head(4) for table in made(12, 1.0)]  # four neurons a scene make no rank correlation
-    assert assumptions.verdicts(thin, 2).loc["later layers", ["order_scenes", "size_scenes"]].tolist() == [0, 12]
+    assert assumptions.verdicts(thin, 2).loc["later layers", ["order_scenes", "proportion_scenes"]].tolist() == [0, 12]
     part = pd.concat(made(2, 1.0), keys=[0, 1], names=["scene", "row"]).reset_index("scene")
-    assert assumptions.order(part, "score", "direct") is None and assumptions.size(part, "score", "direct") is None
+    assert assumptions.order(part, "score", "direct") is None and assumptions.proportion(part, "score", "direct") is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_lens_is_judged_by_what_the_patches_show(monkeypatch: pytest.MonkeyP
     name, other = scene.names[:2]
     grid = (10, 10)
     trace.__dict__["nouns"] = [NOUN._replace(lemma=name)]
-    shows = {concept: assumptions._shows(scene, concept, grid) for concept in scene.names}
+    shows = {concept: assumptions.patches(scene.mask(concept), grid) for concept in scene.names}
     labels = scene.labels().ravel()
     for concept in scene.names:
         assert (shows[concept] == (labels == scenes.PATCH_WORDS.index(concept))).mean() > 0.9

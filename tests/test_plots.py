@@ -64,7 +64,8 @@ def test_only_changed_words_are_marked() -> None:
 
 
 def test_bars_show_the_effect_and_dots_the_draws() -> None:
-    ax = plots.zeroing({"cat": (3.0, [0.0, 1.0]), "dog": (-1.0, [0.5, 0.5])})
+    ax = plots.zeroing({"cat": (3.0, [0.0, 1.0]), "dog": (-1.0, [0.5, 0.5])}, others={"dog": 0.2, "cat": 0.1})
+    assert list(ax.lines[-2].get_xdata()) == [0.1, 0.2]  # in the order of the nouns; the last line marks 0
     assert [round(float(bar.get_width()), 6) for bar in ax.patches] == [3.0, -1.0]  # type: ignore[attr-defined]
     assert [list(line.get_xdata()) for line in ax.lines[:2]] == [[0.0, 1.0], [0.5, 0.5]]  # type: ignore[arg-type]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog"]
