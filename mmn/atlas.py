@@ -269,7 +269,7 @@ def page(found: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn atlas`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
-    parser.add_argument("--images", default="scenes", help="scenes or a folder (default: %(default)s)")
+    parser.add_argument("--images", default="scenes", help="scenes, a folder, or what `mmn fetch` left (default: %(default)s)")
     parser.add_argument("--count", type=int, default=400, help="pictures at most (default: %(default)s)")
     parser.add_argument("--most", type=int, default=6000, help="neurons on the page at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

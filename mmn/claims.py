@@ -18,14 +18,15 @@ from mmn.errors import MmnError
 from mmn.metrics import Interval
 
 KEY = "mmn_claims"  # of an output's metadata
+VERDICTS = ("holds", "in part", "misses the bar", "not shown", "the reverse")
 CONTRASTS = {"seed": "shipped recipe, other seeds", "end-to-end": "end to end", "untrained": "untrained"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row. claim: a sentence. source: who makes it (`abstract` of Pan et al., or `ours`). measure: what was measured, with its unit;
-    more must be better. found, control: the figure and what chance or another choice of neurons gives; None where there is no control.
-    bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label."""
+    """One row. claim: a sentence. source: who makes it (`abstract` of Pan et al., `others`, `ours`). measure: what was measured, with its
+    unit; more must be better. found, control: the figure and what chance or another choice of neurons gives; None where there is no
+    control. bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label."""
 
     claim: str
     measure: str
@@ -38,12 +39,16 @@ class Claim:
     @property
     def verdict(self) -> str:
         """`holds`: the interval lies above the control's and the figure reaches the bar. `in part`: above the control, below the bar.
-        `the reverse`: the interval lies below the control's. `not shown`: anything else."""
+        `misses the bar`: the whole interval lies below it, and there is no control. `the reverse`: the interval lies below the control's.
+        `not shown`: anything else."""
         if self.control is not None and self.found.high < self.control.low:
             return "the reverse"
         above = self.control is None or self.found.low > self.control.high
-        reached = self.bar is None or self.found.value >= self.bar
-        return "holds" if above and reached else "in part" if above and self.control is not None else "not shown"
+        if above and (self.bar is None or self.found.value >= self.bar):
+            return "holds"
+        if self.control is not None:
+            return "in part" if above else "not shown"
+        return "misses the bar" if self.bar is not None and self.found.high < self.bar else "not shown"
 
 
 def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:
@@ -99,15 +104,15 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Rows of `frame` as a Markdown table that fits a page: measure, figure, control and bar in one cell."""
-    titles = ["claim", "figure", "verdict", *CONTRASTS.values()]
+    """Rows of `frame` as a Markdown table that fits a page: measure, figure, control and bar in one cell; with a column `source`, whose
+    claim it is."""
+    titles = ["claim", *(["whose"] if "source" in table else []), "figure", "verdict", *CONTRASTS.values()]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for row in table.to_dict("records"):
+    for row in table.rename(columns={"source": "whose"}).to_dict("records"):
         against = f", against {row['control']}" if row["control"] else ""
         bar = f"; bar {row['bar']}" if row["bar"] else ""
-        figure = f"{row['measure']}: {row['found']}{against}{bar}"
-        cells = [row["claim"], figure, f"**{row['verdict']}**", *(row[title] for title in CONTRASTS.values())]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        row |= {"figure": f"{row['measure']}: {row['found']}{against}{bar}", "verdict": f"**{row['verdict']}**"}
+        lines.append(f"| {' | '.join(row[title].replace('|', '/') for title in titles)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -126,14 +131,19 @@ def page(folder: Path) -> str:
     import nbformat
 
     rows = collect(folder)
-    counts = {verdict: rows["verdict"].eq(verdict).sum() for verdict in ("holds", "in part", "not shown", "the reverse")}
-    text = f"Of {len(rows)} claims {counts['holds']} hold on the shipped model, {counts['in part']} hold in part, "
-    text += f"{counts['not shown']} are not shown, and {counts['the reverse']} turned out the reverse.\n"
+    paper = rows["source"].eq("abstract")
+    text = f"Claims read out of the paper's abstract, {paper.sum()}: {_counted(rows[paper])}. "
+    text += f"This project's own and other authors', {(~paper).sum()}: {_counted(rows[~paper])}.\n"
     for chapter, part in rows.groupby("chapter", sort=True):
         first = nbformat.read(folder / f"{chapter}.ipynb", as_version=4).cells[0].source
         title = first.splitlines()[0].lstrip("# ").split(":")[0]
         text += f"\n## {title}\n\nFrom {{doc}}`/notebooks/{chapter}`.\n\n{markdown(part)}"
     return text
+
+
+def _counted(rows: pd.DataFrame) -> str:
+    counts = rows["verdict"].value_counts()
+    return ", ".join(f"{counts[name]} *{name}*" for name in VERDICTS if name in counts)
 
 
 def collect(folder: Path) -> pd.DataFrame:

@@ -343,7 +343,8 @@ def summary(table: pd.DataFrame) -> str:
         f"{verdict}. One token forward and backward on the cached prefix takes {found['cached'].min():.1f} to "
         f"{found['cached'].max():.1f} times as long as the direct score. At the last shape, {last['hidden']:.0f} wide with "
         f"{layers}, a noun takes {1000 * last['direct_seconds']:,.0f} ms, {largest['limit']:.1f} times the limit of memory; the "
-        f"backward pass {largest['backward']:,.0f} times as long, one cached token {largest['cached']:.1f} times, and the release's table "
+        f"backward pass alone {largest['backward']:,.0f} times as long (with its forward pass {largest['whole']:,.0f}), "
+        f"one cached token {largest['cached']:.1f} times, and the release's table "
         f"{last['release_seconds'] / 3600:.2g} hours and {last['stored_mib'] / 1024:,.0f} GiB, once for all nouns."
     )
 
@@ -387,7 +388,7 @@ def page(folder: Path) -> str:
         lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in part.itertuples(index=False)] + [""]
     where = f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {record['dtype']}"
     recording = (
-        f"On {record['model']}, recording every neuron made captions {record['record_overhead']:+.1%} slower, and ranking the neurons "
+        f"On {record['model']}, recording every neuron made captions slower by {record['record_overhead']:.1%}, and ranking the neurons "
         f"of all nouns of a caption took {record['rank_overhead']:.1%} of captioning (medians of {record['pairs']} pairs of runs)."
     )
     return "\n".join([f"Measured on: {where}.", "", summary(table), "", recording, "", *lines])

@@ -33,7 +33,8 @@ def interval(value: float) -> Interval:
         (0.5, 1.0, 0.4, "the reverse"),
         (1.0, 0.9, 0.5, "not shown"),
         (1.0, None, 0.9, "holds"),
-        (1.0, None, 1.1, "not shown"),
+        (1.0, None, 1.05, "not shown"),  # the interval meets the bar
+        (1.0, None, 1.2, "misses the bar"),
     ],
 )
 def test_the_verdict_follows_from_the_figures(found, control, bar, verdict):
@@ -87,15 +88,15 @@ def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
 
 
 def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
-    rows = [Claim("a | b", "m", interval(1), interval(0.5), 0.9), Claim("c", "m", interval(0.1), bar=1.0)]
+    rows = [Claim("a | b", "m", interval(1), interval(0.5), 0.9), Claim("c", "m", interval(0.1), bar=1.0, source="ours")]
     chapter(tmp_path, "04_a.ipynb", rows[:1])
     chapter(tmp_path, "05_b.ipynb", rows[1:])
     text = claims.page(tmp_path)
     assert text.startswith(
-        "Of 2 claims 1 hold on the shipped model, 0 hold in part, 1 are not shown, and 0 turned out the reverse."
+        "Claims read out of the paper's abstract, 1: 1 *holds*. This project's own and other authors', 1: 1 *misses the bar*."
     )
     assert text.index("notebooks/04_a") < text.index("a / b") < text.index("notebooks/05_b") < text.index("| c |")
-    assert "m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds**" in text
+    assert "| a / b | abstract | m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds** |" in text
 
 
 @pytest.mark.skipif(not (BOOK / "_claims.md").exists(), reason="there is no book beside the tests")

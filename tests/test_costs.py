@@ -126,7 +126,7 @@ def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
     record = {"machine": machine, "dtype": "float32", "model": "m", "record_overhead": 0.051, "rank_overhead": 0.012, "pairs": 7}
     (tmp_path / "bench.json").write_text(json.dumps(record))
     said = costs.page(tmp_path)
-    assert costs.summary(table) in said and "+5.1% slower" in said and "a processor" in said
+    assert costs.summary(table) in said and "slower by 5.1%" in said and "a processor" in said
     assert said.count("\n| ") == 2 * (len(table) + 1)
 
 
