@@ -200,6 +200,28 @@ def responses(values: Tensor, asked: Sequence[str] | np.ndarray, words: Sequence
     return means / means.amax(1, keepdim=True).clamp(min=1e-6)
 
 
+def selective(answers: Tensor, sets: Sets) -> pd.DataFrame:
+    """How far each neuron answers to its own concept alone: one row a neuron, in the order of `everyone(sets)`.
+
+    `answers [neurons, concepts]`: `responses`, the concepts in the order of `sets`. Columns: neurons (how it was chosen), concept, rank
+    (its place in its list, from 1), largest (1 where the own concept's cell is the largest of the row), own (that cell), others (the mean
+    of the other cells); the last three nan for a neuron that no concept excites. Raises MmnError for an answer too few or too many."""
+    keys = [(name, word, rank) for name, some in sets.items() for word, mine in some.items() for rank in range(1, len(mine) + 1)]
+    columns = list(dict.fromkeys(word for _, word, _ in keys))
+    if answers.shape != (len(keys), len(columns)):
+        raise MmnError(
+            f"There are {len(keys)} neurons of {len(columns)} concepts and answers {list(answers.shape)}: give one each."
+        )
+    own = torch.tensor([columns.index(word) for _, word, _ in keys], dtype=torch.long)[:, None]
+    table = torch.where(answers.amax(1, keepdim=True) > 0, answers, torch.nan)
+    cells = {
+        "largest": torch.where(table[:, 0].isnan(), torch.nan, (answers.argmax(1) == own[:, 0]).float()),
+        "own": table.gather(1, own)[:, 0],
+        "others": table.scatter(1, own, torch.nan).nanmean(1),
+    }
+    return pd.DataFrame(keys, columns=["neurons", "concept", "rank"]).assign(**{name: each.numpy() for name, each in cells.items()})
+
+
 # ------------------------------------------------------------------------------------------------------------ words and pictures
 
 
@@ -217,6 +239,12 @@ def written(vlm: VLM, neurons: Sequence[Neuron], names: Sequence[Sequence[str]],
     return np.array([any(begins[name] in row for name in some) for row, some in rows], bool)
 
 
+def visible(scene: Scene) -> tuple[str, ...]:
+    """What a scene shows, in words: its objects, and the two words of its place (`clouds` and `snow`)."""
+    place = scenes.PLACES[scene.place]
+    return (*scene.names, place.upper, place.lower)
+
+
 def reads_as(vlm: VLM, neuron: Neuron, word: str, k: int = 10) -> str:
     """A few words on whether a neuron writes a word: `writes it`, `writes its first piece 'ham'`, `does not write it`."""
     token = first_token(vlm, word)
@@ -229,41 +257,58 @@ def reads_as(vlm: VLM, neuron: Neuron, word: str, k: int = 10) -> str:
 # ------------------------------------------------------------------------------------------------------------------- heatmaps
 
 
-def ious(vlm: VLM, cases: Sequence[Case], ks: Sequence[int], most: int = 100, seed: int = 0) -> pd.DataFrame:
+def ious(vlm: VLM, cases: Sequence[Case], ks: Sequence[int], most: int = 100, draws: int = 20, seed: int = 0) -> pd.DataFrame:
     """IoU of the mean heatmap of the top k neurons with the object, as many of the hottest pixels as the object has; one row a case, a k
-    and a choice of neurons (found; random: same-layer ones, for k up to `most`). Cases without a mask are left out.
+    and a choice of neurons. Cases without a mask are left out.
 
-    Columns: picture, noun, neurons, k, iou, and positive: how many neurons have a positive score for the noun."""
+    Choices: found; random, the mean over `draws` draws of same-layer neurons, any but those k themselves, for k up to `most` as long as
+    each layer has so many others. Columns: picture, noun, neurons, k, iou, and positive: how many neurons have a positive score for the
+    noun."""
     rows = []
     for number, case in enumerate(cases):
         mask = case.scene.mask(case.lemma) if case.scene is not None else np.zeros((1, 1), bool)
         if not mask.any():
             continue
         order = case.top(max(ks))
-        few = [k for k in ks if k <= most]
-        random = same_layer_random(vlm, order[: max(few)], draws=1, seed=seed + number)[0] if few else []
-        both = heatmap(vlm, case.trace, [*order, *random])
-        asked = [("found", 0, k) for k in ks] + [("random", len(order), k) for k in few]
-        grids = torch.stack([both.grid[start : start + k].mean(0) for _, start, k in asked])
-        maps = np.nan_to_num(replace(both, grid=grids).on_image(per_neuron=True), nan=-np.inf)  # what the model never saw
+        asked = [("found", k, order[:k]) for k in ks]
+        for k in ks:
+            enough = all(2 * len(group) <= vlm.anatomy.neurons[layer] for layer, group in by_layer(order[:k]).items())
+            if k <= most and enough:
+                asked += [("random", k, draw) for draw in same_layer_random(vlm, order[:k], draws, seed + number)]
+        place = {neuron: row for row, neuron in enumerate(dict.fromkeys(neuron for *_, some in asked for neuron in some))}
+        every = heatmap(vlm, case.trace, list(place))
+        grids = torch.stack([every.grid[[place[neuron] for neuron in some]].mean(0) for *_, some in asked])
+        maps = np.nan_to_num(replace(every, grid=grids).on_image(per_neuron=True), nan=-np.inf)  # what the model never saw
+        found: dict[tuple[str, int], list[float]] = {}
+        for (name, k, _), values in zip(asked, maps, strict=True):
+            found.setdefault((name, k), []).append(metrics.iou(metrics.by_area(values, int(mask.sum())), mask))
         shared = {"picture": case.picture, "noun": case.lemma, "positive": int((case.scores > 0).sum())}
-        for (name, _, k), values in zip(asked, maps, strict=True):
-            rows.append({**shared, "neurons": name, "k": k, "iou": metrics.iou(metrics.by_area(values, int(mask.sum())), mask)})
+        rows += [{**shared, "neurons": name, "k": k, "iou": float(np.mean(each))} for (name, k), each in found.items()]
     return pd.DataFrame(rows, columns=["picture", "noun", "positive", "neurons", "k", "iou"])
 
 
 def maps(image: Image.Image, heat: Heatmap, words: Mapping[str, Sequence[str]] | pd.Series, percentile: float = 95) -> Figure:
-    """At most ten neurons' heat over a picture, each on a scale of its own, the pixels above the percentile outlined; under its name the
-    first two of the words that it writes. `words`: those of each neuron by its name, in the heatmap's order."""
+    """At most ten neurons' heat over a picture, each on a scale of its own, which stands below it, the pixels above the percentile
+    outlined; under its name the first two of the words that it writes. `words`: those of each neuron by its name, in the heatmap's
+    order."""
     count = min(len(heat.neurons), 10)
-    fig, axes = plt.subplots(-(-count // 5), 5, figsize=(7.2, 0.1 + 1.7 * -(-count // 5)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(-(-count // 5), 5, figsize=(7.2, 0.2 + 2.1 * -(-count // 5)), layout="constrained", squeeze=False)
     for ax in axes.flat[count:]:
         ax.set_axis_off()
     for ax, values, (name, some) in zip(axes.flat, heat.on_image(per_neuron=True), words.items(), strict=False):
         plots.heatmap(image, values, values > np.nanpercentile(values, percentile), ax)
         both = plots.label(", ".join(word.strip() for word in some[:2]))
         ax.set_title(f"{name}\n{both}", fontsize=8)
+        scale(ax, values)
     return fig
+
+
+def scale(ax: Axes, values: np.ndarray) -> None:
+    """Write under a map which activations its colours span, from the least to the largest of `values [height, width]`, to two figures; 0
+    for an end that is nearer to it than a hundredth of the span."""
+    ends = np.nanmin(values), np.nanmax(values)
+    low, high = (0.0 if abs(end) < 0.01 * (ends[1] - ends[0]) else end for end in ends)
+    ax.set_xlabel(f"{low:.2g} to {high:.2g}", fontsize=8)
 
 
 def one_map(vlm: VLM, image: Image.Image, neuron: Neuron, ax: Axes, most: float, title: str = "") -> None:
@@ -271,3 +316,20 @@ def one_map(vlm: VLM, image: Image.Image, neuron: Neuron, ax: Axes, most: float,
     trace = vlm.caption(image, max_new_tokens=1)
     plots.heatmap(image, heatmap(vlm, trace, [neuron]).on_image(), None, ax, title)
     ax.images[-1].set_clim(0, max(most, 1e-6))
+
+
+def faces(vlm: VLM, neurons: Sequence[Neuron], images: Sequence[Image.Image], excites: Tensor, k: int = 6) -> Figure:
+    """One row a neuron: the k words that it writes most, and the four pictures that excite it most, each under its peak, with the neuron's
+    heat on one scale from 0 to the row's highest. `excites [pictures, neurons]`: the peaks of these neurons on `images`."""
+    fig, axes = plt.subplots(len(neurons), 5, figsize=(7.2, 0.2 + 1.65 * len(neurons)), layout="constrained", squeeze=False)
+    ids, _ = top_token_ids(vlm, neurons, k)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for row, (neuron, tokens) in enumerate(zip(neurons, ids.tolist(), strict=True)):
+        words = [plots.label(token_text(vlm, token).strip()) for token in tokens]
+        axes[row, 0].text(0, 0.5, "\n".join([f"L{neuron.layer}.{neuron.unit}", *words]), fontsize=8, va="center")
+        peak = excites[:, row]
+        for ax, index in zip(axes[row, 1:], peak.argsort(descending=True).tolist(), strict=False):
+            ax.set_axis_on()
+            one_map(vlm, images[index], neuron, ax, float(peak.max()), f"peak {peak[index]:.1f}")
+    return fig

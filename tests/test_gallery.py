@@ -101,6 +101,22 @@ def test_aurocs_and_responses_of_made_up_values():
     np.testing.assert_allclose(gallery.responses(values, asked, ["a", "b"]), expected, rtol=1e-6)
 
 
+def test_how_selective_a_neuron_is_by_hand():
+    names = [mmn.Neuron(0, unit) for unit in range(6)]
+    sets = {
+        "found": {"a": names[:1], "b": names[1:2], "c": names[2:3]},
+        "random": {"a": names[3:4], "b": names[4:5], "c": names[5:]},
+    }
+    answers = torch.tensor([[1, 0.5, 0.1], [1, 0.2, 0.4], [0, 0, 1], [0, 0, 0], [0.3, 1, 0.3], [1, 1, 0.5]])
+    table = gallery.selective(answers, sets)
+    assert table["concept"].tolist() == ["a", "b", "c"] * 2 and (table["rank"] == 1).all()
+    np.testing.assert_allclose(table["own"], [1, 0.2, 1, np.nan, 1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(table["others"], [0.3, 0.7, 0, np.nan, 0.3, 1], rtol=1e-6)
+    np.testing.assert_array_equal(table["largest"], [1, 0, 1, np.nan, 1, 0])
+    with pytest.raises(MmnError, match="give one each"):
+        gallery.selective(answers[:2], sets)
+
+
 def test_what_a_neuron_writes_is_compared_by_a_word_s_first_token():
     vlm = mmn.load("tiny-llava")
     (case,) = (
@@ -124,14 +140,26 @@ def test_what_a_neuron_writes_is_compared_by_a_word_s_first_token():
 def test_ious_are_those_of_the_located_heatmaps():
     vlm = mmn.load("tiny-llava")
     cases = properties.cases(vlm, list(scenes.sample(2, first=40)))
-    table = gallery.ious(vlm, cases, (1, 10), most=1)
-    assert len(table) == 3 * len(cases) and set(table[table["neurons"] == "random"]["k"]) == {1}
-    for case, (_, part) in zip(cases, table.groupby(["picture", "noun"], sort=False), strict=True):
-        heat = mmn.heatmap(vlm, case.trace, case.top(10))
-        wanted = properties.located(heat.on_image(), case.scene.mask(case.lemma)).iou
-        assert part[(part["neurons"] == "found") & (part["k"] == 10)]["iou"].item() == pytest.approx(wanted, abs=1e-3)
+    table = gallery.ious(vlm, cases, (1, 10, 50), most=10, draws=2, seed=3)
+    assert len(table) == 5 * len(cases) and set(table[table["neurons"] == "random"]["k"]) == {1, 10}
+    for number, (case, (_, part)) in enumerate(zip(cases, table.groupby(["picture", "noun"], sort=False), strict=True)):
+        at = part.set_index(["neurons", "k"])["iou"]
+        for k in (1, 10):  # any other neuron of the layers may be drawn, not those outside of the longest list alone
+            drawn = mmn.same_layer_random(vlm, case.top(k), draws=2, seed=3 + number)
+            maps = [mmn.heatmap(vlm, case.trace, neurons).on_image() for neurons in (case.top(k), *drawn)]
+            found, *random = (properties.located(values, case.scene.mask(case.lemma)).iou for values in maps)
+            assert at["found", k] == pytest.approx(found, abs=1e-3)
+            assert at["random", k] == pytest.approx(np.mean(random), abs=1e-3)
         assert (part["positive"] == int((case.scores > 0).sum())).all()
     assert gallery.ious(vlm, [], (1,)).empty
+
+
+def test_ious_have_no_control_where_a_layer_has_too_few_others():
+    vlm = mmn.load("tiny-llava")
+    cases = properties.cases(vlm, list(scenes.sample(1, first=40)))[:1]
+    sizes = vlm.anatomy.neurons
+    table = gallery.ious(vlm, cases, (1, sum(sizes) - 1), most=sum(sizes), draws=1)
+    assert list(zip(table["neurons"], table["k"], strict=True)) == [("found", 1), ("found", sum(sizes) - 1), ("random", 1)]
 
 
 def test_maps():
@@ -141,6 +169,30 @@ def test_maps():
     heat = mmn.heatmap(vlm, vlm.caption(image, max_new_tokens=1), neurons)
     fig = gallery.maps(image, heat, mmn.top_tokens(vlm, neurons)["tokens"])
     assert [ax.get_title().splitlines()[0] for ax in fig.axes[:2]] == ["L0.3", "L1.0"] and not fig.axes[2].axison
+    assert fig.axes[0].get_xlabel() and not fig.axes[2].get_xlabel()
+    gallery.scale(fig.axes[3], np.array([[-0.0004, 0.123], [np.nan, 0.02]]))
+    assert fig.axes[3].get_xlabel() == "0 to 0.12"
     gallery.one_map(vlm, image, neurons[0], fig.axes[2], 7.0, "a title")
     assert fig.axes[2].images[-1].get_clim() == (0, 7) and fig.axes[2].get_title() == "a title"
     plt.close(fig)
+
+
+def test_faces():
+    vlm = tiny.llava()
+    images = tiny.pictures(3)
+    neurons = [mmn.Neuron(0, 3), mmn.Neuron(1, 0)]
+    excites = torch.tensor([[1.0, 5], [3, 4], [2, 6]])
+    fig = gallery.faces(vlm, neurons, images, excites, k=2)
+    rows = np.array(fig.axes).reshape(2, 5)
+    assert [ax.get_title() for ax in rows[0, 1:]] == ["peak 3.0", "peak 2.0", "peak 1.0", ""] and not rows[0, 4].axison
+    assert [ax.get_title() for ax in rows[1, 1:4]] == ["peak 6.0", "peak 5.0", "peak 4.0"]
+    assert {ax.images[-1].get_clim() for ax in rows[1, 1:4]} == {(0, 6)}
+    text = rows[1, 0].texts[0].get_text().splitlines()
+    written = mmn.top_tokens(vlm, neurons[1:], k=2)["tokens"].iloc[0]
+    assert text[0] == "L1.0" and text[1:] == [gallery.plots.label(word.strip()) for word in written]
+    plt.close(fig)
+
+
+def test_what_a_scene_shows_are_its_objects_and_its_place():
+    scene = scenes.draw(3, concepts=["dog"], place="snow", style="noto")
+    assert gallery.visible(scene) == ("dog", "clouds", "snow")
