@@ -37,12 +37,14 @@ from tqdm.auto import tqdm
 
 from mmn.errors import MmnError
 from mmn.images import MAX_PIXELS, open_image
-from mmn.paths import put
+from mmn.paths import alone, put
+from mmn.pieces import csv
 
 AGENT = "mmn/0.1 (research on vision-language models; a few pictures a second)"
 A_HOST = 4  # connections to one host at once
 SEED = 2023  # of the release's split
 TRAIN, VALID, TEST = 1000, 200, 200  # the release's numbers
+MOST = 10**9  # of seconds, pictures and workers
 TRIES = 3  # of an address whose failure may pass
 SILENCE = 50  # such failures, and no picture: the network is down
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -205,13 +207,15 @@ def fetch(
     """Fetch pictures, given as (address, caption), in their order until `count` are there; the manifest, which is also written to
     `out/manifest.csv`, whatever stops the fetching. A run that was stopped goes on where it was: what is dead is not asked again.
 
-    Raises MmnError for numbers that make no sense, where nothing can be written, and where no address answers at all."""
+    Raises MmnError for numbers that make no sense, where nothing can be written, where the folder holds pictures of another list or another
+    process fetches into it, and where no address answers at all."""
     for name, value in (("count", count), ("workers", workers), ("seconds", limits.seconds)):
-        if not value > 0:
-            raise MmnError(f"{name} is a number above 0, not {value}.")
+        if not 0 < value <= MOST:
+            raise MmnError(f"{name} is a number above 0, at most {MOST:,}, not {value}.")
     try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        return _fetch(items, out, count, limits, workers, progress)
+        with alone(out):
+            (out / "images").mkdir(exist_ok=True)
+            return _fetch(items, out, count, limits, workers, progress)
     except OSError as error:
         raise MmnError(f"{out} cannot be written ({error.strerror}): free some space or choose another --out.") from error
 
@@ -219,6 +223,8 @@ def fetch(
 def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limits, workers: int, progress: bool) -> pd.DataFrame:
     log = out / "manifest.jsonl"
     before = {row.number: row for row in _logged(log)}
+    if any(items[number : number + 1] != [(row.url, row.caption)] for number, row in before.items()):
+        raise MmnError(f"{out} holds pictures of another list: give another --out.")
     rows = {
         number: row
         for number, row in before.items()
@@ -235,27 +241,38 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
 
     numbers = iter([number for number in range(len(items)) if number not in rows])
     silent = had = 0
+    waiting: set[Future[Got]] = set()
     try:
-        with log.open("a", encoding="utf-8") as handle, ThreadPoolExecutor(workers) as pool, bar:
+        with log.open("a", encoding="utf-8") as handle, bar:
             handle.write("\n")  # the last line may have been cut off
-            waiting: set[Future[Got]] = set()
-            while silent < SILENCE or had:
-                alive = sum(bool(row.file) for row in rows.values())
-                bar.update(alive - bar.n)
-                # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
-                while len(waiting) < min(workers, count - alive) and (number := next(numbers, None)) is not None:
-                    waiting.add(pool.submit(one, number))
-                if not waiting:
-                    break
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for each in done:
-                    row = rows[each.result().number] = each.result()
-                    silent, had = silent + bool(row.tries), had + bool(row.file)
-                    handle.write(json.dumps(asdict(row)) + "\n")
-                    handle.flush()
+
+            def note(row: Got) -> None:
+                rows[row.number] = row
+                handle.write(json.dumps(asdict(row)) + "\n")
+                handle.flush()
+
+            try:
+                with ThreadPoolExecutor(workers) as pool:
+                    while silent < SILENCE or had:
+                        alive = sum(bool(row.file) for row in rows.values())
+                        bar.update(alive - bar.n)
+                        # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
+                        while len(waiting) < min(workers, count - alive) and (number := next(numbers, None)) is not None:
+                            waiting.add(pool.submit(one, number))
+                        if not waiting:
+                            break
+                        for each in wait(waiting, return_when=FIRST_COMPLETED).done:
+                            waiting.remove(each)
+                            row = each.result()
+                            note(row)
+                            silent, had = silent + bool(row.tries), had + bool(row.file)
+            finally:  # after Ctrl-C, what was being fetched then
+                for each in waiting:
+                    if each.done() and not each.exception():
+                        note(each.result())
     finally:
         frame = pd.DataFrame([asdict(rows[number]) for number in sorted(rows)], columns=list(Got.__dataclass_fields__))
-        put(out / "manifest.csv", frame.to_csv(index=False))
+        put(out / "manifest.csv", csv(frame))
     if silent >= SILENCE and not had:
         raise MmnError(f"No picture came from {silent} addresses: see whether the network is up, and say the same again.")
     return frame

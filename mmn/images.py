@@ -5,6 +5,7 @@ anything is unpacked."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from os import PathLike
 from pathlib import Path
@@ -24,35 +25,42 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
     frame.
 
     Raises MmnError where there is no such file, it is no picture, it is damaged, or it has more than `max_pixels` pixels."""
-    text = str(path)
+    text = readable(path)
     if text.startswith(("http://", "https://")):
         raise MmnError(f"{text} is an address, not a file: download the picture and give the file's name.")
-    file = Path(path)
-    if file.is_dir():
-        raise MmnError(f"{file} is a folder, not a picture: give one file in it, or find its pictures with mmn.list_images.")
+    file, name = Path(path), readable(Path(path).name)
     try:
+        if file.is_dir():
+            raise MmnError(f"{text} is a folder, not a picture: give one file in it, or find its pictures with mmn.list_images.")
+        if file.exists() and not file.is_file():
+            raise MmnError(f"{text} is no file but a pipe or a device: give a picture's file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels is checked here
             picture = Image.open(file, formats=FORMATS)
             width, height = picture.size
             if width * height > max_pixels:
                 limit = f"{max_pixels / 1e6:g} million"
-                raise MmnError(f"{file.name} has {width} x {height} pixels, more than the limit of {limit}: make it smaller.")
+                raise MmnError(f"{name} has {width} x {height} pixels, more than the limit of {limit}: make it smaller.")
             picture.load()
             return to_rgb(picture)
     except MmnError:
         raise
     except FileNotFoundError:
-        raise MmnError(f"There is no picture {file}: check the file's name and folder.") from None
+        raise MmnError(f"There is no picture {text}: check the file's name and folder.") from None
     except Image.DecompressionBombError:
-        raise MmnError(f"{file.name} has far more than {max_pixels / 1e6:g} million pixels: make it smaller.") from None
+        raise MmnError(f"{name} has far more than {max_pixels / 1e6:g} million pixels: make it smaller.") from None
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
-        raise MmnError(f"{file.name} is no picture that can be read here ({kinds}): convert it to one of these.") from None
+        raise MmnError(f"{name} is no picture that can be read here ({kinds}): convert it to one of these.") from None
     except PermissionError:
-        raise MmnError(f"{file} may not be read: change its permissions.") from None
+        raise MmnError(f"{text} may not be read: change its permissions.") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise MmnError(f"{file.name} is damaged or cut short ({error}): get the picture again.") from None
+        raise MmnError(f"{name} is damaged or cut short ({error}): get the picture again.") from None
+
+
+def readable(path: str | PathLike[str]) -> str:
+    """A file's name as text that can be written: bytes that are no UTF-8 are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -78,9 +86,12 @@ def list_images(folder: str | PathLike[str]) -> list[Path]:
 
     Raises MmnError if there is no such folder or no picture in it."""
     where = Path(folder)
-    if not where.is_dir():
-        raise MmnError(f"There is no folder {where}: give a folder with pictures.")
-    files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    try:
+        if not where.is_dir():
+            raise MmnError(f"There is no folder {where}: give a folder with pictures.")
+        files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    except PermissionError:
+        raise MmnError(f"The folder {where} may not be read: change its permissions.") from None
     if not files:
         raise MmnError(f"The folder {where} holds no pictures ({', '.join(sorted(SUFFIXES))}): give another one.")
     return files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -41,7 +41,33 @@ def whole(path: Path) -> Iterator[Path]:
         raise MmnError(f"{path} could not be written ({reason}): free some space or choose another place.") from error
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and hold it until the block or the process ends. One that was made for nothing is taken away.
+
+    Raises MmnError where another process holds it, or nothing can be written to it."""
+    from filelock import FileLock, Timeout
+
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MmnError(f"Another run is at work in {folder}: wait for it, or stop it.") from None
+    except OSError as error:
+        raise MmnError(f"{folder} cannot be written ({error.strerror}): give another folder.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / ".lock").unlink()
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+        lock.release()
+
+
 def put(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises MmnError where it cannot be written."""
     with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="")

@@ -4,13 +4,14 @@ true of it.
     scenes                         drawn test scenes
     FOLDER                         picture files, by name
     sbu:FOLDER[:train|valid|test]  what `mmn fetch sbu` left; a part of the release's split
-    coco:FOLDER[:val2017]          FOLDER/val2017/*.jpg and FOLDER/annotations/{instances,captions}_val2017.json"""
+    coco:FOLDER[:val2017]          FOLDER/val2017/*.jpg and FOLDER/annotations/{instances,captions}_val2017.json
+
+A folder may have a colon in its name: the part is what follows the last one, unless all of it is a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 from mmn import scenes
 from mmn.errors import MmnError
 from mmn.fetch import split
-from mmn.images import list_images, open_image
+from mmn.images import list_images, open_image, readable
 
 
 @dataclass(frozen=True)
@@ -61,39 +62,64 @@ def load(images: str = "", count: int = 1000, seed: int = 0) -> list[Picture]:
     if images in ("", "scenes"):
         drawn = scenes.sample(count, first=seed * count)
         return [Picture(f"scene-{scene.seed}", scene=scene, objects=scene.names) for scene in drawn]
+    kind, folder, part = _parsed(images)
+    if kind:
+        return (_sbu(folder, part) if kind == "sbu" else _coco(folder, part or "val2017"))[:count]
+    return [Picture(readable(path.name), path=path) for path in list_images(folder)[:count]]
+
+
+def _parsed(images: str) -> tuple[str, Path, str]:
+    """Kind (sbu, coco, or "" for a folder of pictures), folder and part of a source that is no drawn one."""
     kind, _, rest = images.partition(":")
-    if kind in ("sbu", "coco") and rest:
-        folder, _, part = rest.partition(":")
-        return (_sbu(Path(folder), part) if kind == "sbu" else _coco(Path(folder), part or "val2017"))[:count]
-    return [Picture(_readable(path.name), path=path) for path in list_images(images)[:count]]
-
-
-def _readable(name: str) -> str:
-    """A file's name as text that can be written: bytes that are no UTF-8 are spelled out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    if kind not in ("sbu", "coco") or not rest:
+        return "", Path(images).expanduser(), ""
+    if Path(rest).expanduser().is_dir() or ":" not in rest:
+        return kind, Path(rest).expanduser(), ""
+    folder, _, part = rest.rpartition(":")
+    return kind, Path(folder).expanduser(), part
 
 
 def absolute(images: str) -> str:
     """A source whose folder is given in full, so that it can be found from anywhere."""
     if images in ("", "scenes"):
         return "scenes"
-    kind, colon, rest = images.partition(":")
-    if kind in ("sbu", "coco") and rest:
-        folder, other, part = rest.partition(":")
-        return f"{kind}{colon}{Path(folder).expanduser().resolve()}{other}{part}"
-    return str(Path(images).expanduser().resolve())
+    kind, folder, part = _parsed(images)
+    return f"{kind}{':' * bool(kind)}{folder.resolve()}{':' * bool(part)}{part}"
+
+
+def undivided(images: str) -> str:
+    """A source without its part of the release's split, which changes with every picture that is fetched."""
+    kind, folder, _ = _parsed(images)
+    return f"sbu:{folder}" if kind == "sbu" else images
+
+
+def dead(images: str) -> pd.DataFrame:
+    """The addresses from which `mmn fetch` got nothing, columns url and reason: empty for a source that is not fetched."""
+    kind, folder, _ = _parsed(images)
+    rows = _manifest(folder) if kind == "sbu" else pd.DataFrame(columns=["url", "reason", "file"])
+    return rows.loc[rows["file"] == "", ["url", "reason"]]
+
+
+def _manifest(folder: Path) -> pd.DataFrame:
+    path = folder / "manifest.csv"
+    if not path.exists():
+        raise MmnError(f"{folder} has no manifest.csv: fetch the pictures with `mmn fetch sbu`.")
+    try:
+        return pd.read_csv(path, keep_default_na=False, usecols=["url", "caption", "file", "reason"], dtype=str)
+    except (OSError, ValueError) as error:
+        raise MmnError(f"{path} is not what `mmn fetch sbu` writes ({error}): fetch the pictures again.") from None
 
 
 def _sbu(folder: Path, part: str) -> list[Picture]:
-    if not (folder / "manifest.csv").exists():
-        raise MmnError(f"{folder} has no manifest.csv: fetch the pictures with `mmn fetch sbu`.")
-    rows = pd.read_csv(folder / "manifest.csv", keep_default_na=False)
+    rows = _manifest(folder)
     rows = rows[rows["file"] != ""].reset_index(drop=True)
     if part:
         parts = split(len(rows))
         if part not in parts:
             raise MmnError(f"The release's split has the parts {', '.join(parts)}, not {part!r}.")
         rows = rows.iloc[parts[part]]
+    if rows.empty:
+        raise MmnError(f"{folder} has too few pictures{f' for the part {part}' * bool(part)}: fetch more with `mmn fetch sbu`.")
     return [Picture(row.file, folder / "images" / row.file, captions=(row.caption,)) for row in rows.itertuples()]
 
 
@@ -106,9 +132,12 @@ def _coco(folder: Path, part: str) -> list[Picture]:
     files = {kind: folder / "annotations" / f"{kind}_{part}.json" for kind in ("instances", "captions")}
     if not files["instances"].exists():
         raise MmnError(f"There is no {files['instances']}: give the folder that holds COCO's annotations/ and {part}/.")
-    with contextlib.redirect_stdout(io.StringIO()):  # its tools talk
-        things = COCO(str(files["instances"]))
-        said = COCO(str(files["captions"])) if files["captions"].exists() else None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its tools talk
+            things = COCO(str(files["instances"]))
+            said = COCO(str(files["captions"])) if files["captions"].exists() else None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise MmnError(f"COCO's annotations {part} in {folder} are damaged ({error!r}): get them again.") from None
     names = {key: each["name"] for key, each in things.cats.items()}
     found = []
     for number in sorted(things.imgs):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmn import fetch, sources
 from mmn.errors import MmnError
+from mmn.paths import alone
 
 
 def jpeg() -> bytes:
@@ -220,7 +221,7 @@ def test_what_is_no_address_is_a_row(tmp_path, url):
 
 def test_numbers_that_make_no_sense_and_folders_that_cannot_be(address, tmp_path):
     items = [(f"{address}/good.jpg", "")]
-    for more in ({"workers": 0}, {"limits": fetch.Limits(seconds=-5)}):
+    for more in ({"workers": 0}, {"limits": fetch.Limits(seconds=-5)}, {"limits": fetch.Limits(seconds=float("inf"))}):
         with pytest.raises(MmnError, match="is a number above 0"):
             fetch.fetch(items, tmp_path / "new", 1, progress=False, **more)
     (tmp_path / "file").write_text("")
@@ -240,6 +241,29 @@ def test_on_a_full_disk_one_sentence_and_what_is_there_stays(address, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     table = fetch.fetch(items, tmp_path, 4, limits=LIMITS, progress=False)
     assert (table["file"] != "").sum() == 4 and not list((tmp_path / "images").glob(".*"))
+
+
+def test_a_folder_holds_one_list_and_is_fetched_into_by_one_process(address, tmp_path):
+    fetch.fetch([(f"{address}/good1.jpg", "one")], tmp_path, 1, limits=LIMITS, progress=False)
+    for other in ([(f"{address}/good2.jpg", "one")], [(f"{address}/good1.jpg", "two")], []):
+        with pytest.raises(MmnError, match="holds pictures of another list"):
+            fetch.fetch(other, tmp_path, 1, limits=LIMITS, progress=False)
+    with alone(tmp_path), pytest.raises(MmnError, match="Another run is at work"):
+        fetch.fetch([(f"{address}/good1.jpg", "one")], tmp_path, 1, limits=LIMITS, progress=False)
+
+
+def test_what_was_fetched_while_it_was_stopped_is_not_asked_again(address, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    items = [(f"{address}/good{n}.jpg", "a\rcaption") for n in range(4)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fetch, "wait", stopped)
+        fetch.fetch(items, tmp_path, 4, limits=LIMITS, workers=2, progress=False)
+    assert [picture.captions for picture in sources.load(f"sbu:{tmp_path}")] == [("a\rcaption",)] * 2
+    Server.asked.clear()
+    fetch.fetch(items, tmp_path, 4, limits=LIMITS, progress=False)
+    assert sorted(Server.asked) == ["/good2.jpg", "/good3.jpg"]
 
 
 def test_private_addresses_are_refused_unless_allowed(address, tmp_path):
@@ -290,6 +314,9 @@ def test_coco_gives_objects_captions_and_real_masks(tmp_path):
     assert dog.shape == (10, 20) and dog[5, 7] and not dog[0, 0] and 50 <= dog.sum() <= 77
     assert person.sum() == 5 and person[3:8, 0].all()
     assert picture.mask("cat") is None
+    (tmp_path / "annotations" / "captions_val2017.json").write_text("[")
+    with pytest.raises(MmnError, match="COCO's annotations val2017 in .* are damaged"):
+        sources.load(f"coco:{tmp_path}")
     with pytest.raises(MmnError, match="instances_val2017"):
         sources.load(f"coco:{tmp_path / 'val2017'}")
 
@@ -302,3 +329,22 @@ def test_scenes_and_folders(tmp_path):
     assert [p.id for p in sources.load(str(tmp_path))] == ["a.jpg", "b.png"]
     with pytest.raises(MmnError, match="manifest"):
         sources.load(f"sbu:{tmp_path}")
+
+
+def test_what_was_fetched_may_lie_in_a_folder_with_a_colon_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a:b"
+    (folder / "images").mkdir(parents=True)
+    head = "number,url,caption,file,sha256,reason,tries\n"
+    (folder / "manifest.csv").write_text(f"{head}0,http://x/1.jpg,NA,1.jpg,,,0\n1,http://x/2.jpg,no,,,status 404,0\n")
+    for given in (f"sbu:{folder}", f"sbu:{folder}:train", "sbu:~/a:b"):
+        assert [picture.captions for picture in sources.load(given)] == [("NA",)]
+        assert sources.dead(given).to_numpy().tolist() == [["http://x/2.jpg", "status 404"]]
+        assert sources.absolute(given) in (f"sbu:{folder}", f"sbu:{folder}:train")
+        assert sources.undivided(given) == f"sbu:{folder}"
+    assert sources.dead("scenes").empty and sources.dead(str(tmp_path)).empty
+    with pytest.raises(MmnError, match="has too few pictures for the part test"):
+        sources.load(f"sbu:{folder}:test")
+    (folder / "manifest.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(MmnError, match="is not what `mmn fetch sbu` writes"):
+        sources.load(f"sbu:{folder}")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mmn.errors import MmnError
-from mmn.paths import data_path, put, whole
+from mmn.paths import alone, data_path, put, whole
 
 
 @contextmanager
@@ -56,6 +56,23 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(MmnError, match=r"could not be written \(File exists\)"):
         put(tmp_path / "a.txt" / "b.txt", "b")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_one_process_s_at_a_time_and_not_made_for_nothing(tmp_path: Path) -> None:
+    with alone(tmp_path / "new"):
+        with pytest.raises(MmnError, match="Another run is at work in .*new: wait for it, or stop it"), alone(tmp_path / "new"):
+            pass
+        put(tmp_path / "new" / "a.txt", "a")
+    with pytest.raises(ValueError), alone(tmp_path / "nothing"):
+        raise ValueError
+    with alone(tmp_path / "new"):
+        pass
+    with (
+        pytest.raises(MmnError, match=r"a.txt cannot be written \(File exists\): give another folder"),
+        alone(tmp_path / "new" / "a.txt"),
+    ):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["new", "new/a.txt"]
 
 
 def test_data_that_is_not_there_is_told() -> None:
