@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmn.errors import MmnError
-from mmn.paths import put, whole
+from mmn.paths import alone, put, whole
 from mmn.pieces import PACKAGES, about, commit, csv
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ UNITS = {  # of a column; of a column of one table, as TABLE.COLUMN, or of all i
     "votes.*": "logits",
     "verdicts.neurons": "how many",
     "verdicts.order_scenes": "how many",
-    "verdicts.size_scenes": "how many",
+    "verdicts.proportion_scenes": "how many",
     "peaks.*": "highest activation in the picture, a row a picture",
     "multimodal.*": "area under the curve, 0 to 1; 0.5 is chance",
     "multimodal.picture": "area under the curve, 0 to 1; 0.5 is chance",
@@ -143,7 +143,7 @@ def parameters(path: Path) -> dict[str, dict[str, Any]]:
     import papermill
 
     try:
-        found = papermill.inspect_notebook(str(path))
+        found = papermill.inspect_notebook(_plain(path))
     except (ValueError, AttributeError, nbformat.ValidationError) as error:  # no JSON, or JSON of something else
         if "kernel name" in str(error):
             raise MmnError(f"{path} does not say which kernel runs it: open it in Jupyter and save it.") from None
@@ -183,6 +183,9 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
             values[name] = KINDS[kind](text)
         except ValueError:
             raise MmnError(f"{name} is a value of type {kind}, not {text!r}: {known[name]['help']}.") from None
+    for name in ("image", *MODELS):
+        if str(values.get(name, "")).startswith("~"):
+            values[name] = str(Path(values[name]).expanduser())
     if values.get("images") == "scenes":
         values["images"] = ""  # a chapter draws its own
     kinds = dict.fromkeys(RANGES, "int") | dict.fromkeys(TEXTS, "str")  # a notebook of one's own may mean something else by a name
@@ -273,6 +276,8 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
 
     found: list[Image.Image] = []
     rows = []
+    if dead := len(sources.dead(images)):
+        print(f"{dead} addresses of the list were dead: see its manifest.csv")
     for each in sources.load(images, sys.maxsize):
         if len(found) == count:
             break
@@ -329,24 +334,35 @@ def execute(path: Path, values: Mapping[str, Any], out: Path, *, progress: bool 
     """Run a notebook and leave it, with its figures, in the folder of its name in `out`; returns its place there.
 
     Raises MmnError, with the sentence of the cell that stopped, where it does not run through."""
+    folder = out.expanduser() / path.stem
+    known = parameters(path)
+    if "out" in known:
+        values = {**values, "out": str(folder.resolve())}
+    with alone(folder):
+        try:
+            _clear(folder, path)
+            done = _run_through(path, values, folder, progress, cell_seconds)
+            figures(done, folder / "figures")
+        except OSError as error:
+            raise MmnError(f"{path.stem} could not be run ({error}): free some space or choose another --out.") from error
+        if not (folder / "settings.json").exists():  # a notebook that does not call `write`
+            settings = {name: _literal(each["default"]) for name, each in known.items()} | dict(values)
+            versions = {name: version(name) for name in (*PACKAGES, "papermill")}
+            record: dict[str, Any] = {"settings": settings, "versions": versions, "commit": commit(), "tables": []}
+            put(folder / "settings.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
+    return done
+
+
+def _run_through(path: Path, values: Mapping[str, Any], folder: Path, progress: bool, cell_seconds: int) -> Path:
+    """The notebook as it was run; where it stopped, `CHAPTER.failed.ipynb` and a MmnError."""
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    folder = out / path.stem
-    known = parameters(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MmnError(f"{folder} cannot be written ({error.strerror}): give another --out.") from None
-    _clear(folder, path)
-    values = dict(values)
-    if "out" in known:
-        values["out"] = str(folder.resolve())
     part, done = folder / f".{path.stem}.part.ipynb", folder / f"{path.stem}.ipynb"
     try:
         papermill.execute_notebook(
-            str(path), str(part), values, progress_bar=progress, execution_timeout=cell_seconds, kernel_name="python3",
+            _plain(path), _plain(part), values, progress_bar=progress, execution_timeout=cell_seconds, kernel_name="python3",
         )  # fmt: skip
     except NoSuchKernel:
         part.unlink(missing_ok=True)
@@ -365,13 +381,12 @@ def execute(path: Path, values: Mapping[str, Any], out: Path, *, progress: bool 
         part.unlink(missing_ok=True)
         raise
     os.replace(part, done)
-    figures(done, folder / "figures")
-    if not (folder / "settings.json").exists():  # a notebook that does not call `write`
-        settings = {name: _literal(each["default"]) for name, each in known.items()} | values
-        versions = {name: version(name) for name in (*PACKAGES, "papermill")}
-        record: dict[str, Any] = {"settings": settings, "versions": versions, "commit": commit(), "tables": []}
-        put(folder / "settings.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
     return done
+
+
+def _plain(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _clear(folder: Path, path: Path) -> None:
@@ -387,7 +402,7 @@ def _clear(folder: Path, path: Path) -> None:
         "settings.json",
         *(f"{each}.csv" for each in tables),
     )
-    for old in (*(folder / name for name in names), *(folder / "figures").glob("cell-*")):
+    for old in (*(folder / name for name in names), *(folder / "figures").glob("cell-*"), *folder.rglob(".*.part")):
         if old.resolve() != path.resolve():  # which may be run where it stands
             old.unlink(missing_ok=True)
 

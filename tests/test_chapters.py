@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pandas as pd
@@ -114,6 +115,36 @@ def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, ca
     assert "04_small.failed.ipynb" not in [p.name for p in (book / "results" / "04_small").iterdir()]
     (book / "file").write_text("")
     assert cli.main(["run", "4", "--out", str(book / "file")]) == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_a_second_run_are_a_sentence(book, capsys, monkeypatch):
+    def full(*_, **__):
+        assert cli.main(words) == 2 and "Another run is at work" in capsys.readouterr().err
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("papermill.execute_notebook", full)
+    words = ["run", "4", "--out", str(book / "results")]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device): free some space or choose another --out" in said
+    assert not (book / "results" / "04_small").exists()
+
+
+def test_paths_may_begin_at_home_and_have_braces(book, monkeypatch):
+    def papermill(path, part, values, **_):  # fills in what stands in braces, as papermill does
+        shutil.copy(path.format(), part.format())
+        seen.update(values)
+
+    seen: dict = {}
+    monkeypatch.setattr("papermill.execute_notebook", papermill)
+    monkeypatch.setenv("HOME", str(book))
+    (book / "pictures").mkdir()
+    scenes.draw(1).image.save(book / "pictures" / "1.png")
+    (book / "{1}.ipynb").write_bytes((book / "notebooks" / "04_small.ipynb").read_bytes())
+    assert cli.main(["run", str(book / "{1}.ipynb"), "--images", "~/pictures", "-p", "model=~/none", "--out", "~/{r}"]) == 2
+    assert cli.main(["run", str(book / "{1}.ipynb"), "--images", "~/pictures", "--out", "~/{r}"]) == 0
+    assert seen == {"images": str(book / "pictures"), "out": str(book / "{r}" / "{1}")}
+    assert (book / "{r}" / "{1}" / "{1}.ipynb").exists()
 
 
 @pytest.mark.parametrize(
