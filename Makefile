@@ -34,7 +34,7 @@ lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests notebooks \
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests notebooks \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 # make refresh                the chapters and README's picture

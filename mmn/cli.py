@@ -22,8 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm.auto import tqdm
-
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mmn.bars import tqdm
 from mmn.contribution import contributions, through_norm
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 import mmn
 from mmn import metrics, scenes
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.metrics import Interval
 from mmn.paths import put

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
 
 from mmn.anatomy import Anatomy, find, is_linear, is_norm
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.ffn import FFN, Experts, Mixture, Neuron, parts
 from mmn.tree import overlooked

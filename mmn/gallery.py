@@ -4,7 +4,6 @@ Every measure here is this project's own [ours]."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mmn import metrics, plots, properties, property_tables, scenes
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.heatmap import Heatmap, heatmap
@@ -44,8 +43,7 @@ def read_pictures(vlm: VLM, images: Sequence[Image.Image], reader: Reader, batch
     picture and layer while the model reads them, so that nothing more than one layer of one batch is ever held.
 
     Raises MmnError for a model that has no image positions."""
-    quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not heed
-    for start in tqdm(range(0, len(images), batch_size), desc="pictures", leave=False, delay=5, disable=quiet):
+    for start in tqdm(range(0, len(images), batch_size), desc="pictures", leave=False, delay=5):
         part = images[start : start + batch_size]
         inputs = vlm.inputs(part, [vlm.prompt] * len(part), [PREFIX] * len(part))
         here = vlm.image_positions(inputs)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import data_path, put
 

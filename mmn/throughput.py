@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from mmn import scenes
+from mmn.bars import tqdm
 from mmn.contribution import rank
 from mmn.errors import MmnError
 from mmn.pieces import about

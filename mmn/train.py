@@ -34,7 +34,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -47,6 +46,7 @@ from transformers import (
 )
 
 from mmn import scenes
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import whole
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, overload
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -33,6 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from mmn import nouns, weights
 from mmn.anatomy import Anatomy, find
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import data_path
 from mmn.trace import WINDOW, Recorder, Trace
