@@ -67,7 +67,7 @@ _NOT_NOUNS = frozenset(
 
 def guessed_nouns(text: str) -> list[Found]:
     """Nouns by a rule of thumb: the last of a run of words that no function word, colour or common adjective breaks."""
-    words = [(m.group(), m.span()) for m in re.finditer(r"[A-Za-z]+|[^\sA-Za-z]", text)]
+    words = [(m.group(), m.span()) for m in re.finditer(r"[^\W\d_]+|\S", text)]
     found = []
     for index, (word, span) in enumerate(words):
         following = words[index + 1][0].lower() if index + 1 < len(words) else "."

@@ -68,6 +68,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises MmnError where it cannot be written."""
+    """Write a file whole or not at all, as UTF-8; bytes of a file's name that are none are spelled out, in JSON as it wants them. Raises
+    MmnError where it cannot be written."""
     with whole(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

@@ -34,6 +34,7 @@ def test_zipping_nouns_and_tokens_after_filtering_one_list_gives_nouns_other_nou
 def test_the_rule_of_thumb_on_a_real_caption():
     found = nouns.guessed_nouns("An image of two brown dogs and a small kitchen table next to the window.")
     assert found == [("dogs", "dog", (22, 26)), ("table", "table", (47, 52)), ("window", "window", (65, 71))]
+    assert [lemma for _, lemma, _ in nouns.guessed_nouns("a café with a jalapeño")] == ["café", "jalapeño"]
 
 
 def test_spacys_tags_where_it_is_installed(monkeypatch):

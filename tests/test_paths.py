@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ def no_file_beyond(largest: int) -> Iterator[None]:
 def test_a_file_and_a_folder(tmp_path: Path) -> None:
     put(tmp_path / "new" / "a.txt", "Übung\n")
     assert (tmp_path / "new" / "a.txt").read_bytes() == "Übung\n".encode()
+    put(tmp_path / "name.json", json.dumps("Ü\udcff", ensure_ascii=False))  # as Python names a file whose name is no UTF-8
+    assert json.loads((tmp_path / "name.json").read_bytes()) == "Ü\udcff"
+    (tmp_path / "name.json").unlink()
     with whole(tmp_path / "b") as part:
         part.mkdir()
         (part / "c.txt").write_text("c")
