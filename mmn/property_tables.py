@@ -16,6 +16,7 @@ import mmn
 from mmn import properties, scenes
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
+from mmn.nouns import Lexicon
 from mmn.properties import Case
 from mmn.scenes import Scene
 from mmn.tables import Row, table
@@ -198,6 +199,44 @@ def encoder_of(vlm: VLM) -> properties.OwnEncoder:
     return _encoder(vlm.hash, vlm)
 
 
+@functools.cache
+def _lemmas(lexicon: Lexicon, text: str) -> frozenset[str]:
+    """The nouns that a token's text is, by a lexicon that reads sentences."""
+    return frozenset(lemma for _, lemma, _ in lexicon(f"a {text}"))
+
+
+def word_lists(vlm: VLM, case: Case, neurons: list[Neuron], k: int = 10, rest: bool = False) -> list[list[str]]:
+    """The k tokens that each neuron's write raises most, blank ones left out; with `rest`, the first k that are no noun of the case's
+    caption (no form of it, nor its first token)."""
+    if not rest:
+        return [[t for t in each if t.strip()] for each in mmn.top_tokens(vlm, neurons, k)["tokens"]]
+    nouns = case.trace.nouns
+    said, first = {noun.lemma for noun in nouns}, {noun.token for noun in nouns}
+    ids, _ = mmn.semantics.top_token_ids(vlm, neurons, min(4 * k, len(vlm.tokenizer)))
+    lists = []
+    for row in ids.tolist():
+        texts = [mmn.semantics.token_text(vlm, token) for token in row if token not in first]
+        lists.append([t for t in texts if t.strip() and not _lemmas(vlm.lexicon, t.strip().lower()) & said][:k])
+    return lists
+
+
+class _Near:
+    """Nearness of lists of words to one case's caption and picture: the scores in the form of BERTScore and of CLIPScore."""
+
+    def __init__(self, case: Case, encoder: properties.Encoder, reader: properties.Encoder | properties.BertEncoder | None):
+        self.encoder, self.reader = encoder, reader or encoder
+        caption = case.trace.text[len(case.trace.prefix) :].replace(",", " ").split()
+        self.caption = self.reader.words(caption)
+        self.picture = encoder.picture(case.trace.image) if case.trace.image is not None else encoder.words(caption)
+
+    def __call__(self, lists: list[list[str]]) -> tuple[float, float]:
+        words = [self.encoder.words(each) for each in lists]
+        read = words if self.reader is self.encoder else [self.reader.words(each) for each in lists]
+        text = [properties.text_score(each, self.caption) for each in read]
+        image = [properties.image_score(each, self.picture) for each in words]
+        return float(np.mean(text)), float(np.mean(image))
+
+
 def semantic_row(
     vlm: VLM,
     case: Case,
@@ -209,21 +248,54 @@ def semantic_row(
 
     Keys: rank (best place of the word in any neuron's list), in10 (share of the neurons with the word among their ten), text and image
     (scores of their ten words each, mean over the neurons), each also as NAME_random. reader: another encoder for the text score."""
-    reader = reader or encoder
-    top = case.top(k)
-    caption = case.trace.text[len(case.trace.prefix) :].replace(",", " ").split()
-    reference = reader.words(caption)
-    picture = encoder.picture(case.trace.image) if case.trace.image is not None else encoder.words(caption)
-    draws = mmn.same_layer_random(vlm, top, draws=5, seed=case.picture)
+    near = _Near(case, encoder, reader)
+    draws = mmn.same_layer_random(vlm, case.top(k), draws=5, seed=case.picture)
     out: dict[str, list[list[float]]] = {"": [], "_random": []}
-    for kind, neurons in (("", top), *(("_random", draw) for draw in draws)):
+    for kind, neurons in (("", case.top(k)), *(("_random", draw) for draw in draws)):
         ranks = properties.word_ranks(vlm, neurons, case.noun.token)
-        written = [[t for t in each if t.strip()] for each in mmn.top_tokens(vlm, neurons, 10)["tokens"]]
-        text = float(np.mean([properties.text_score(reader.words(each), reference) for each in written]))
-        image = float(np.mean([properties.image_score(encoder.words(each), picture) for each in written]))
-        out[kind].append([float(ranks.min()), float((ranks <= 10).mean()), text, image])
+        out[kind].append([float(ranks.min()), float((ranks <= 10).mean()), *near(word_lists(vlm, case, neurons))])
     names = ("rank", "in10", "text", "image")
     return {f"{name}{kind}": float(np.mean([row[i] for row in rows])) for kind, rows in out.items() for i, name in enumerate(names)}
+
+
+def choices(vlm: VLM, case: Case, k: int, draws: int = 5) -> dict[str, list[list[Neuron]]]:
+    """The neurons found and three controls, each a list of lists of k: `weights alone` (of largest `<w_i, u_t>`, which knows the word and
+    no picture), `loudest others` (of largest activation, either sign, where the noun is produced, not among those found) and `random`
+    (same layers, `draws` times)."""
+    top = case.order(k)
+    loud = torch.cat(properties.at_noun(case)).abs()
+    loud[top.copy()] = -1
+    others = {"weights alone": towards(vlm, case.noun.token), "loudest others": loud}
+    found = {name: [properties.neurons_at(case.layers, each.topk(len(top)).indices.numpy())] for name, each in others.items()}
+    return {"found": [case.top(k)], **found, "random": mmn.same_layer_random(vlm, case.top(k), draws=draws, seed=case.picture)}
+
+
+def word_rows(
+    vlm: VLM,
+    case: Case,
+    encoder: properties.Encoder,
+    k: int = 10,
+    reader: properties.Encoder | properties.BertEncoder | None = None,
+) -> list[Row]:
+    """What the neurons of `choices` write, one row a choice, means over its lists.
+
+    Keys: picture, noun, neurons (the choice); rank, in10, text and image as in `semantic_row`; text_rest and image_rest, the scores of
+    the first ten words that are no noun of the caption."""
+    near = _Near(case, encoder, reader)
+    rows: list[Row] = []
+    for name, lists in choices(vlm, case, k).items():
+        measured = []
+        for neurons in lists:
+            ranks = properties.word_ranks(vlm, neurons, case.noun.token)
+            plain, rest = (near(word_lists(vlm, case, neurons, rest=without)) for without in (False, True))
+            measured.append([float(ranks.min()), float((ranks <= 10).mean()), *plain, *rest])
+        means = np.mean(measured, 0)
+        keys = ("rank", "in10", "text", "image", "text_rest", "image_rest")
+        rows.append(
+            {"picture": case.picture, "noun": case.lemma, "neurons": name}
+            | {key: float(value) for key, value in zip(keys, means, strict=True)}
+        )
+    return rows
 
 
 def invariance_rows(vlm: VLM, case: Case, ks: tuple[int, ...] = OVERLAPS, shuffles: int = SHUFFLES) -> list[Row]:

@@ -77,6 +77,44 @@ def test_the_share_with_the_word_is_counted_from_the_token_lists(speaker, case):
     assert row["rank"] >= 1 and 0 <= row["in10_random"] <= 1
 
 
+def test_words_that_are_nouns_of_the_caption_are_left_out(speaker):
+    scene = next(s for s in (scenes.draw(n) for n in range(20)) if len(s.names) > 1)
+    case = properties.cases(speaker, [scene], force=True)[0]
+    nouns_said = {noun.lemma for noun in case.trace.nouns}
+    first = {noun.token for noun in case.trace.nouns}
+    neurons = case.top(6)
+    ids, _ = mmn.semantics.top_token_ids(speaker, neurons, 40)
+    for row, words in zip(ids.tolist(), made.word_lists(speaker, case, neurons, rest=True), strict=True):
+        kept = [mmn.semantics.token_text(speaker, t) for t in row if t not in first]
+        expected = [w for w in kept if w.strip() and scenes._LEMMA.get(w.strip().lower()) not in nouns_said][:10]
+        assert words == expected
+    assert made._lemmas(nouns.scene_nouns, "carrots") == {"carrot"} and not made._lemmas(nouns.scene_nouns, "the")
+
+
+def test_each_choice_of_neurons_is_what_it_says(speaker, case):
+    found = made.choices(speaker, case, 6, draws=3)
+    assert found["found"] == [case.top(6)] and len(found["random"]) == 3
+    every = [mmn.Neuron(layer, unit) for layer, count in enumerate(case.layers) for unit in range(count)]
+    word = speaker.anatomy.words([case.noun.token])[0]
+    reads = (speaker.anatomy.writes(every) @ word).tolist()
+    assert found["weights alone"][0] == [n for _, n in sorted(zip(reads, every, strict=True), key=lambda p: -p[0])[:6]]
+    size = [abs(float(case.trace.activations[n.layer][case.noun.step, n.unit])) for n in every]
+    loudest = [n for _, n in sorted(zip(size, every, strict=True), key=lambda p: -p[0]) if n not in case.top(6)]
+    assert set(found["loudest others"][0]) == set(loudest[:6])
+
+
+def test_rows_of_words_agree_with_those_of_the_slow_table(speaker, case):
+    encoder = properties.OwnEncoder(speaker)
+    rows = {row["neurons"]: row for row in made.word_rows(speaker, case, encoder, k=8)}
+    slow = made.semantic_row(speaker, case, encoder, k=8)
+    for name in ("rank", "in10", "text", "image"):
+        assert rows["found"][name] == pytest.approx(slow[name]) and rows["random"][name] == pytest.approx(slow[f"{name}_random"])
+    lists = made.word_lists(speaker, case, case.top(8), rest=True)
+    caption = encoder.words(case.trace.text[len(case.trace.prefix) :].replace(",", " ").split())
+    by_hand = np.mean([properties.text_score(encoder.words(each), caption) for each in lists])
+    assert rows["found"]["text_rest"] == pytest.approx(by_hand)
+
+
 def test_columns_of_the_specificity_table_by_hand(speaker, monkeypatch):
     monkeypatch.setattr(made, "CONCEPTS", ("cat", "dog", "car"))
     monkeypatch.setattr(made, "TOP", 5)
