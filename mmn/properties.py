@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 from scipy.stats import false_discovery_control
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import mmn
 from mmn import metrics
+from mmn.bars import tqdm
 from mmn.contribution import SCORES
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
@@ -495,13 +495,16 @@ class OwnEncoder:
         self.table = vlm.model.get_input_embeddings().weight.detach().float().cpu()
         self.centre = self.table[: len(vlm.tokenizer)].mean(0)
         self.ground = torch.zeros(self.table.shape[1])
+        self._seen: dict[str, Tensor] = {}
         if calibration:
             self.ground = torch.cat([self._tokens(image) for image in calibration]).mean(0)
 
     def words(self, texts: Sequence[str]) -> Tensor:
         """One vector of length 1 a text, float32 `[texts, width]`."""
-        ids = [self.vlm.tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"] for text in texts]
-        return _unit(torch.stack([self.table[each].mean(0) if each else self.centre for each in ids]) - self.centre)
+        for text in {*texts} - self._seen.keys():  # the same few thousand words come again and again
+            ids = self.vlm.tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
+            self._seen[text] = self.table[ids].mean(0) if ids else self.centre
+        return _unit(torch.stack([self._seen[text] for text in texts]) - self.centre)
 
     @torch.no_grad()
     def picture(self, image: Image.Image) -> Tensor:
@@ -657,11 +660,39 @@ def selectivity(means: np.ndarray) -> np.ndarray:
     return np.divide(best - rest, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-class Kinship(NamedTuple):
-    """Of all neurons that two concepts share, the share whose concepts are of one kind; the same with the kinds dealt out at random
-    (mean, 2.5th and 97.5th percentile of the deals); and the share of the deals, the true one counted in, that do as well."""
+def firing_alike(
+    fires: np.ndarray,
+    layers: Sequence[int],
+    found: Sequence[int] | np.ndarray,
+    never: Sequence[int] | np.ndarray = (),
+    draws: int = 5,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """A control for measures that reward silence: for each neuron `found` up to `draws` others of its layer that fire on most nearly as
+    many pictures, int `[draws]` each, numbered over all layers; equals are drawn at random.
 
-    share: float
+    fires: whether a neuron fires on a picture, bool `[pictures, neurons]`; layers: how many neurons each has; never: neurons that are not
+    taken either, such as those found for other concepts. Raises MmnError for a neuron whose layer has no other."""
+    counts = np.asarray(fires, bool).sum(0)
+    layer = np.repeat(np.arange(len(layers)), layers)
+    free = np.ones(len(layer), bool)
+    free[np.asarray([*never, *found], int)] = False
+    rng = np.random.default_rng(seed)
+    rows = []
+    for place in found:
+        pool = rng.permutation(np.flatnonzero(free & (layer == layer[place])))
+        if not len(pool):
+            raise MmnError(f"Every neuron of layer {layer[place]} was found: take fewer neurons or fewer concepts.")
+        rows.append(pool[np.argsort(np.abs(counts[pool] - counts[place]), kind="stable")[:draws]])
+    return rows
+
+
+class Kinship(NamedTuple):
+    """Of all neurons that two concepts share, the share whose concepts are of one kind, with an interval that resamples concepts; the same
+    with the kinds dealt out at random (mean, 2.5th and 97.5th percentile of the deals); and the share of the deals, the true one counted
+    in, that do as well."""
+
+    share: Interval
     chance: Interval
     p: float
 
@@ -671,7 +702,7 @@ def kinship(sets: Mapping[str, set[int]], kinds: Mapping[str, str], draws: int =
 
     A neuron counts once for each pair that shares it. Raises MmnError if no two concepts share any."""
     names = list(sets)
-    shared = np.triu(np.array([[len(sets[a] & sets[b]) for b in names] for a in names], float), 1)
+    shared = np.array([[len(sets[a] & sets[b]) * (a != b) for b in names] for a in names], float)  # no concept is its own relative
     if not shared.sum():
         raise MmnError("No two of these concepts share a neuron: take more neurons or more concepts.")
     labels = np.unique([kinds[name] for name in names], return_inverse=True)[1]
@@ -679,11 +710,52 @@ def kinship(sets: Mapping[str, set[int]], kinds: Mapping[str, str], draws: int =
     def share(of: np.ndarray) -> float:
         return float(shared[of[:, None] == of[None]].sum() / shared.sum())
 
+    def resampled(rows: np.ndarray) -> float:
+        pick = rows.astype(int)
+        part, of = shared[np.ix_(pick, pick)], labels[pick]
+        return float(part[of[:, None] == of[None]].sum() / part.sum()) if part.sum() else float("nan")
+
     rng = np.random.default_rng(seed)
     random = np.array([share(rng.permutation(labels)) for _ in range(draws)])
-    observed = share(labels)
+    observed = metrics.bootstrap(np.arange(len(names)), resampled)
     chance = Interval(float(random.mean()), *(float(v) for v in np.percentile(random, [2.5, 97.5])))
-    return Kinship(observed, chance, float((1 + (random >= observed).sum()) / (1 + draws)))
+    return Kinship(observed, chance, float((1 + (random >= observed.value - 1e-12).sum()) / (1 + draws)))
+
+
+def category_neurons(sets: Mapping[str, set[int]], kinds: Mapping[str, str], draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The neuron that stands most for each category: it is on the lists of the largest share of the category's concepts, less the share
+    of the other concepts; beside the best that is found when categories are dealt out at random.
+
+    `sets`: each concept's neurons; `kinds`: its category. One row a category, columns: neuron (its number), inside and outside (the two
+    shares), difference; dealt and dealt_high (mean and 97.5th percentile of the best difference over the deals). Raises MmnError for
+    fewer than two categories."""
+    names = list(sets)
+    labels, kind = np.unique([kinds[name] for name in names], return_inverse=True)
+    if len(labels) < 2:
+        raise MmnError("Neurons of a category are found by comparing two categories at least.")
+    places = sorted(set().union(*sets.values()))
+    has = np.array([[place in sets[name] for name in names] for place in places], float)
+
+    def shares(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        of = (kind[:, None] == np.arange(len(labels))).astype(float)  # [concepts, categories]
+        return has @ of / of.sum(0), has @ (1 - of) / (1 - of).sum(0)
+
+    inside, outside = shares(kind)
+    best = (inside - outside).argmax(0)
+    rng = np.random.default_rng(seed)
+    dealt = np.array([np.subtract(*shares(rng.permutation(kind))).max(0) for _ in range(draws)])
+    each = best, np.arange(len(labels))
+    return pd.DataFrame(
+        {
+            "neuron": np.array(places)[best],
+            "inside": inside[each],
+            "outside": outside[each],
+            "difference": (inside - outside)[each],
+            "dealt": dealt.mean(0),
+            "dealt_high": np.percentile(dealt, 97.5, axis=0),
+        },
+        index=pd.Index(labels, name="category"),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- statistics

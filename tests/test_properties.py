@@ -362,13 +362,45 @@ def test_selectivity_is_one_for_a_neuron_of_one_concept_and_nought_for_one_of_al
     assert found[3] == pytest.approx((3 - 1) / (3 + 1))
 
 
+def test_a_control_fires_on_as_many_pictures():
+    fires = np.zeros((20, 12), bool)
+    for neuron, count in enumerate([10, 9, 11, 0, 0, 20, 10, 2, 3, 2, 0, 20]):
+        fires[:count, neuron] = True
+    rows = properties.firing_alike(fires, (7, 5), [0, 7], never=[6], draws=2)
+    assert set(rows[0].tolist()) == {1, 2} and set(rows[1].tolist()) == {8, 9}  # neuron 6 would be as good as any
+    assert [len(row) for row in properties.firing_alike(fires, (7, 5), [8], draws=9)] == [4]  # the layer has no more
+    drawn = {properties.firing_alike(np.ones((3, 12)), (12,), [0], draws=1, seed=seed)[0].item() for seed in range(40)}
+    assert len(drawn) > 5 and 0 not in drawn  # equals are drawn at random
+    with pytest.raises(MmnError, match="layer 1 was found"):
+        properties.firing_alike(fires, (7, 5), range(7, 12))
+
+
+def test_neurons_of_a_category_are_told_from_the_best_of_many():
+    kinds = {name: "ab"[n % 2] for n, name in enumerate("pqrstuvwxyz1")}
+    sets = {name: {100 + n, 1 if kind == "a" else 3 + n % 3} for n, (name, kind) in enumerate(kinds.items())}
+    table = properties.category_neurons(sets, kinds, draws=300)
+    assert table.loc["a", ["neuron", "inside", "outside"]].tolist() == [1, 1, 0]
+    assert table.loc["a", "difference"] > table.loc["a", "dealt_high"] > table.loc["a", "dealt"] > 0
+    names = list(kinds)
+    for kind, row in table.iterrows():  # by counting
+        best = max(
+            sum(place in sets[n] for n in names if kinds[n] == kind) / 6
+            - sum(place in sets[n] for n in names if kinds[n] != kind) / 6
+            for place in set().union(*sets.values())
+        )
+        assert row["difference"] == pytest.approx(best) and row["inside"] - row["outside"] == pytest.approx(best)
+    with pytest.raises(MmnError, match="two categories"):
+        properties.category_neurons(sets, dict.fromkeys(names, "a"))
+
+
 def test_shared_neurons_of_related_concepts_are_told_from_chance():
     kinds = {name: "ab"[n % 2] for n, name in enumerate("pqrstuvwxy")}
     related = {name: {ord(kind), n} for n, (name, kind) in enumerate(kinds.items())}
     found = properties.kinship(related, kinds)
-    assert found.share == 1 and found.chance.value == pytest.approx(4 / 9, abs=0.03) and found.p < 0.05
+    assert found.share == (1, 1, 1) and found.chance.value == pytest.approx(4 / 9, abs=0.03) and found.p < 0.05
     mixed = {name: {0, n} for n, name in enumerate(kinds)}  # all share one neuron
-    assert properties.kinship(mixed, kinds).share == pytest.approx(20 / 45) and properties.kinship(mixed, kinds).p > 0.3
+    found = properties.kinship(mixed, kinds)
+    assert found.share.value == pytest.approx(20 / 45) and found.share.low < 20 / 45 < found.share.high and found.p > 0.3
     with pytest.raises(MmnError, match="No two"):
         properties.kinship({name: {n} for n, name in enumerate(kinds)}, kinds)
 
