@@ -84,7 +84,7 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
     for row in rows:
         line = {"claim": row.claim, "source": row.source, "measure": row.measure, **row.found._asdict()}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
-        line |= {"bar": row.bar, "verdict": row.verdict}
+        line |= {"bar": none.value if row.bar is None else row.bar, "verdict": row.verdict}
         for start in CONTRASTS:
             some = [value for label, value in row.contrasts.items() if label.startswith(start)]
             spread = (float(np.mean(some)), min(some), max(some)) if some else (none.value,) * 3
