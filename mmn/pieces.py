@@ -2,6 +2,7 @@
 
     settings.json   what was asked for                machine.json  how it is run now: memory, cores, batch, device
     pictures.csv    which pictures, with checksums    logs/         what each piece said, and how long it took
+    dead.csv        addresses that gave none
     parts/          the pieces, by model and shard    tables/       all models together; tables.json says what they are
 
 Every file is written whole or not at all, and none of the tables tells when it was made."""
@@ -15,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+from csv import QUOTE_NONNUMERIC
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mmn.sources import Picture
     from mmn.vlm import VLM
 
+DEAD = "fetch"  # what the table problems names as the stage of a dead address
 PACKAGES = ("mmn", "torch", "transformers", "tokenizers", "numpy", "pandas", "pillow")
 FILES = {  # of each stage; `{}` is the shard
     "rankings": ("captions{}.csv", "rankings{}.csv", "rankings-problems{}.csv", "model{}.json"),
@@ -53,8 +56,10 @@ def commit() -> str | None:
 
 
 def csv(frame: pd.DataFrame) -> str:
-    """A table as text, the same on every machine."""
-    return frame.to_csv(index=False, lineterminator="\n")
+    """A table as text, the same on every machine. Where a text holds a carriage return, which readers take for the end of a row unless it
+    is quoted, all texts are quoted."""
+    text = frame.to_csv(index=False, lineterminator="\n")
+    return frame.to_csv(index=False, lineterminator="\n", quoting=QUOTE_NONNUMERIC) if "\r" in text else text
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures
@@ -71,9 +76,13 @@ def pin(settings: dict[str, Any]) -> pd.DataFrame:
 
 
 def _checksum(picture: Picture) -> str:
-    if picture.path is None or not picture.path.is_file():  # what is not there is told when it is opened
-        return ""
-    return hashlib.sha256(picture.path.read_bytes()).hexdigest()
+    try:
+        if picture.path is not None and picture.path.is_file():
+            with picture.path.open("rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:  # what is not there or may not be read is told when it is opened
+        pass
+    return ""
 
 
 def pictures_of(out: Path, settings: dict[str, Any], shard: int | None = None) -> list[Picture]:
@@ -86,7 +95,7 @@ def pictures_of(out: Path, settings: dict[str, Any], shard: int | None = None) -
 
     pinned = pd.read_csv(out / "pictures.csv", keep_default_na=False, dtype=str)
     most = settings["count"] if settings["images"] == "scenes" else sys.maxsize
-    known = {each.id: each for each in sources.load(settings["images"], most, settings["seed"])}
+    known = {each.id: each for each in sources.load(sources.undivided(settings["images"]), most, settings["seed"])}
     wanted = list(pinned.itertuples())[slice(shard, None, settings["shards"]) if shard is not None else slice(None)]
     other = [row.picture for row in wanted if row.picture not in known or _checksum(known[row.picture]) != row.sha256]
     if other:
@@ -211,6 +220,7 @@ def gathered(out: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     row of the table problems, with the last line of its log.
 
     Raises MmnError where the shards of a model were computed with different weights."""
+    import pandas as pd
 
     from mmn import stages
 
@@ -240,6 +250,10 @@ def gathered(out: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         for name, frame in merged.items():
             whole.setdefault(name, []).append(frame.assign(model=model)[["model", *frame.columns]])
     tables = {name: _joined(frames) for name, frames in whole.items()}
+    if (out / "dead.csv").exists():
+        dead = _read(out / "dead.csv")
+        rows = {"model": "", "picture": dead["url"], "stage": DEAD, "kind": "note", "problem": "dead address: " + dead["reason"]}
+        tables["problems"] = _joined([tables["problems"], pd.DataFrame(rows)])
     pictures = (out / "pictures.csv").read_bytes()
     record = {
         "settings": settings,

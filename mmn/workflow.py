@@ -10,21 +10,24 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmn import pieces
 from mmn.errors import MmnError
-from mmn.paths import put
+from mmn.paths import alone, put
 
 GRAPH = Path(__file__).with_name("workflow.smk")
 PROFILES = Path(__file__).with_name("profiles")
+PATIENCE = 10  # seconds that Snakemake has to stop
 PROMPT = "Describe the image in few words."  # the paper's
 MACHINE = ("batch", "device_map", "cpus", "gpus", "mem_mb", "minutes", "jobs", "profile")  # may change while a run goes on
 LEAST = {"count": 1, "shards": 1, "top_k": 1, "batch": 1, "jobs": 1, "cpus": 1, "mem_mb": 1, "minutes": 1}
@@ -95,7 +98,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         name, _, revision = (given, "", "") if Path(given).exists() else given.partition("@")
         vlm.resolve(name)
         name = str(Path(name).resolve()) if Path(name).is_dir() else name
-        slug = re.sub(r"[^\w.-]+", "_", given).strip("_.") or Path(name).name
+        slug = re.sub(r"[^\w.-]+", "_", given).strip("_.-") or Path(name).name
         if slug in models:
             raise MmnError("Two of the models have the same name: give each once.")
         models[slug] = {"name": name, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -117,8 +120,8 @@ def machine_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def kept(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new run and the list of its pictures. Raises MmnError where the folder holds a run with others."""
-    if out.exists() and not out.is_dir():
-        raise MmnError(f"{out} is a file: give a folder for --out.")
+    from mmn import sources
+
     path = out / "settings.json"
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -126,47 +129,47 @@ def kept(out: Path, settings: dict[str, Any]) -> None:
             raise MmnError(
                 f"{out} holds a run with other settings ({', '.join(differing)}): give another folder, or its own settings."
             )
-        return
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and any(each.name != ".lock" and not each.name.endswith(".part") for each in out.iterdir()):
         raise MmnError(f"{out} is not empty and holds no run: give another folder.")
-    pictures = pieces.pin(settings)
+    if (out / "pictures.csv").exists():
+        return
+    pictures, dead = pieces.pin(settings), sources.dead(settings["images"])
     if len(pictures) < settings["shards"]:
         raise MmnError(f"{len(pictures)} pictures cannot be cut into {settings['shards']} shards: give fewer shards.")
-    put(out / "pictures.csv", pieces.csv(pictures))
-    put(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")  # last: it stands for both
+    put(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")  # first: it says whose folder this is
+    if len(dead):
+        put(out / "dead.csv", pieces.csv(dead))
+    put(out / "pictures.csv", pieces.csv(pictures))  # last: it stands for all three
 
 
 # --------------------------------------------------------------------------------------------------------------- a whole run
 
 
 def _run(args: argparse.Namespace) -> int:
-    from filelock import FileLock, Timeout
-
     if find_spec("snakemake") is None:
         raise MmnError("`mmn replicate run` needs Snakemake: pip install 'mmn[cluster]'.")
     settings, machine = settings_of(args), machine_of(args)
-    if args.dry_run and not (args.out / "settings.json").exists():
+    if args.dry_run and not (args.out / "pictures.csv").exists():
         with tempfile.TemporaryDirectory() as folder:  # a run that is not begun leaves nothing
             kept(Path(folder), settings)
             return _dry(Path(folder), settings, machine, args)
-    kept(args.out, settings)
     if args.dry_run:
+        kept(args.out, settings)
         return _dry(args.out, settings, machine, args)
-    lock = FileLock(args.out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise MmnError(f"Another run is at work in {args.out}: wait for it, or stop it.") from None
-    with lock:
+    with alone(args.out):
+        kept(args.out, settings)
         for left in args.out.rglob(".*.part"):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
         _forget(args.out)
         put(args.out / "machine.json", json.dumps(machine, indent=1) + "\n")
         code = _snakemake(args.out, machine, args, ["--quiet", "all"] if args.profile is None else [])
         tables, record = pieces.gathered(args.out)
-        problems = tables["problems"]
+        addresses = tables["problems"]["stage"].eq(pieces.DEAD)
+        problems = tables["problems"][~addresses]
         for row in problems.itertuples():  # told first: on a full disk the tables are not written
             print(f"{row.model}, {row.stage}{f', {row.picture}' if row.picture else ''}: {row.problem}", file=sys.stderr)
+        if addresses.any():
+            print(f"{addresses.sum()} addresses of the list were dead.", file=sys.stderr)
         if record["pictures"]["found"] < settings["count"]:
             print(f"Only {record['pictures']['found']} of {settings['count']} pictures were there.", file=sys.stderr)
         pieces.write(args.out, tables, record)
@@ -195,7 +198,30 @@ def _snakemake(out: Path, machine: dict[str, Any], args: argparse.Namespace, mor
     else:
         jobs = machine["jobs"]
         command += ["--cores", str(jobs * machine["cpus"]), "--resources", f"gpu={max(1, machine['gpus']) * jobs}"]
-    return subprocess.run(command, check=False).returncode
+    child = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a scheduler or a shutdown asks: like Ctrl-C
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        _stopped(child)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(child: subprocess.Popen[bytes]) -> None:
+    """Wait until Snakemake has stopped its pieces and taken back its jobs. A terminal's Ctrl-C reached it as well; what was meant for us
+    alone is handed on, and what still works after that is ended: each file is whole or not there."""
+    import psutil
+
+    for ask in (lambda: None, lambda: child.send_signal(signal.SIGINT)):
+        ask()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(PATIENCE)
+            return
+    with suppress(psutil.NoSuchProcess):
+        for each in [*psutil.Process(child.pid).children(recursive=True), child]:
+            each.kill()
 
 
 # ------------------------------------------------------------------------------------------------------------------- dry run
@@ -206,7 +232,7 @@ def _dry(out: Path, settings: dict[str, Any], machine: dict[str, Any], args: arg
     with tempfile.TemporaryDirectory() as folder:  # Snakemake leaves files of its own
         shutil.copy2(out / "settings.json", folder)
         if (out / "parts").is_dir():
-            shutil.copytree(out / "parts", Path(folder) / "parts")
+            shutil.copytree(out / "parts", Path(folder) / "parts", ignore=shutil.ignore_patterns("*.part"))
         put(Path(folder) / "machine.json", json.dumps(machine) + "\n")
         return _snakemake(Path(folder), machine, args, ["--dry-run", "--quiet", "rules"])
 

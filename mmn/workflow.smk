@@ -1,6 +1,7 @@
 # The experiment graph of the replication report, for Snakemake: model x shard of pictures -> rankings -> properties; model -> edits.
 # `mmn replicate run` writes settings.json and machine.json and calls Snakemake in the folder of the run; every rule is one call of
 # `mmn replicate step`. A piece that was killed says so in its log.
+import shlex
 import sys
 
 configfile: "settings.json"
@@ -8,7 +9,8 @@ configfile: "machine.json"
 
 MODELS = list(config["models"])
 SHARDS = list(range(config["shards"]))
-STEP = f"{sys.executable} -m mmn.cli replicate step --out ."
+PYTHON = shlex.quote(sys.executable).replace("{", "{{").replace("}", "}}")
+STEP = f"{PYTHON} -m mmn.cli replicate step --out ."
 KILLED = "|| {{ s=$?; [ $s -lt 128 ] || echo \"it was killed (exit status $s): for want of memory?\" >> {log}; exit $s; }}"
 RANKINGS = [f"parts/{{model}}/{name}-{{shard}}.csv" for name in ("captions", "rankings", "rankings-problems")]
 RANKINGS += ["parts/{model}/model-{shard}.json"]

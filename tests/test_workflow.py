@@ -12,13 +12,15 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 import mmn
-from mmn import pieces, scenes, workflow
+from mmn import pieces, scenes, sources, stages, workflow
 from mmn.errors import MmnError
+from mmn.paths import put
 
-OPTIONS = ["--count", "4", "--shards", "2", "--edits", "0", "--top-k", "5"]
+OPTIONS = ["--count", "4", "--shards", "2", "--edits", "0", "--top-k", "5", "--cpus", "1"]
 TABLES = ("captions", "edits", "problems", "properties", "rankings", "summary")
 
 
@@ -28,9 +30,9 @@ def parsed(*words):
     return parser.parse_args(["run", *words])
 
 
-def started(out: Path, *more: str, largest: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+def started(out: Path, *more: str, largest: int = resource.RLIM_INFINITY, python: str = sys.executable) -> subprocess.Popen:
     """A run of its own process, whose files, and those of what it starts, cannot grow beyond `largest` bytes."""
-    command = [sys.executable, "-m", "mmn.cli", "replicate", "run", "--out", str(out), *OPTIONS, *more]  # the last of two counts
+    command = [python, "-m", "mmn.cli", "replicate", "run", "--out", str(out), *OPTIONS, *more]  # the last of two counts
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
@@ -39,9 +41,12 @@ def started(out: Path, *more: str, largest: int = resource.RLIM_INFINITY) -> sub
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run on scenes."""
+    """An undisturbed run on scenes, of a Python whose place has a space and braces in its name."""
+    place = tmp_path_factory.mktemp("my {python}")
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (place / name).symlink_to(Path(sys.prefix) / name)
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = started(out)
+    done = started(out, python=str(place / "bin" / Path(sys.executable).name))
     output = done.communicate()
     assert done.returncode == 0, output
     return out
@@ -65,9 +70,12 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp
         run = started(out)
         while run.poll() is None and len(list(out.glob("parts/*/*"))) < files:
             time.sleep(0.02)
-        if run.poll() is None:
+        if run.poll() is None and files == 5:
+            run.terminate()  # it alone, which stops the others
+        elif run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        assert "interrupted" in run.communicate()[1] or files != 5
+        assert files != 5 or not [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]
         assert not (out / "tables").exists() or files > 5
     last = started(out)
     output = last.communicate()
@@ -254,6 +262,55 @@ def test_a_noun_may_be_called_nan(tmp_path):
     table = pieces._read(tmp_path / "t.csv")
     assert list(table["noun"]) == ["nan", "null", "dog"] and list(table["picture"]) == ["1", "2", "3"]
     assert table["value"].isna().tolist() == [True, False, True]
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    for odd in ("a\rb", 'c\nd"e', "|", " lead ", "nul\0", "é\u2028"):
+        table = pd.DataFrame({"picture": [odd, "x"], "noun": [odd, ""], "value": [0.5, None]})
+        put(tmp_path / "t.csv", pieces.csv(table))
+        pd.testing.assert_frame_equal(pieces._read(tmp_path / "t.csv"), table)
+
+
+def test_a_dead_address_is_a_line_and_the_pictures_stay_when_more_are_fetched(whole, tmp_path):
+    sbu, out = tmp_path / "sbu", tmp_path / "run"
+    (sbu / "images").mkdir(parents=True)
+    rows = ["number,url,caption,file,reason"]
+    for number in range(6):
+        scenes.draw(number).image.save(sbu / "images" / f"{number}.png")
+        rows.append(f"{number},http://x/{number},said,{number}.png,")
+    dead = "9,http://x/9,said,,status 404"
+    (sbu / "manifest.csv").write_text("\n".join([*rows[:5], dead]))
+    settings = workflow.settings_of(parsed("--out", str(out), *OPTIONS, "--images", f"sbu:{sbu}:train"))
+    workflow.kept(out, settings)
+    first = [each.id for each in pieces.pictures_of(out, settings)]
+    (sbu / "manifest.csv").write_text("\n".join(rows))
+    assert len(first) == 4 and [each.id for each in pieces.pictures_of(out, settings)] == first
+    shutil.copytree(whole / "parts", out / "parts")
+    problems = pieces.gathered(out)[0]["problems"]
+    assert problems.to_numpy().tolist() == [["", "http://x/9", "fetch", "note", "dead address: status 404"]]
+
+
+def test_a_run_that_was_killed_while_it_began_goes_on(tmp_path):
+    out = tmp_path / "run"
+    settings = workflow.settings_of(parsed("--out", str(out), *OPTIONS))
+    out.mkdir()
+    for left in (".lock", ".settings.json.7.part"):
+        (out / left).write_text("")
+    workflow.kept(out, settings)
+    pinned = (out / "pictures.csv").read_bytes()
+    (out / "pictures.csv").unlink()
+    with pytest.raises(MmnError, match="holds a run with other settings"):
+        workflow.kept(out, settings | {"seed": 5})
+    workflow.kept(out, settings)
+    assert (out / "pictures.csv").read_bytes() == pinned
+
+
+def test_a_broken_picture_may_have_any_name(tmp_path):
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))).write_text("none")
+    notes = stages.Notes("rankings")
+    assert not list(stages.opened(sources.load(str(tmp_path)), notes))
+    put(tmp_path / "t.csv", pieces.csv(stages.table("problems", notes.rows)))
+    assert r"\xff.png is no picture" in (tmp_path / "t.csv").read_text()
 
 
 def test_another_runs_folder_is_refused_and_left_alone(whole, tmp_path):
