@@ -44,6 +44,7 @@ refresh: .venv/ready
 	$(if $(TABLES),$(BIN)/mmn evaluate --out data/results/evaluate.json --card data/tiny-llava/README.md)
 	$(if $(TABLES),$(BIN)/mmn tables)
 	$(if $(TABLES),OMP_NUM_THREADS=1 $(BIN)/mmn bench --out data/results)
+	$(if $(TABLES),OMP_NUM_THREADS=1 $(BIN)/mmn bench --study --out data/results)
 	$(if $(TABLES),$(BIN)/mmn throughput --json > data/results/throughput.json)
 	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
 	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)

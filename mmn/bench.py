@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
-from mmn import atlas, costs, scenes, sources
+from mmn import atlas, costs, scenes, sources, study_costs
+from mmn.bars import tqdm
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
 from mmn.nouns import Noun
@@ -104,9 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"random models to compare ways on; no name: none (default: {' '.join(costs.SWEEPS)})")  # fmt: skip
     parser.add_argument("--atlas", type=int, metavar="LAYERS",
                         help="only the atlas' peak memory, on random layers of LLaVA-1.5-7B's shape, so many")  # fmt: skip
+    parser.add_argument("--study", action="store_true",
+                        help="only what `mmn replicate` costs, on random layers of LLaVA-1.5's shapes")  # fmt: skip
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the table as bench.csv and bench.json there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the table there, as bench.csv or study.csv, with a JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -120,9 +122,17 @@ def run(args: argparse.Namespace) -> int:
         memory = atlas_memory(costs.SEVEN._replace(layers=args.atlas), args.pictures, device, kind)
         print(f"{args.atlas} layers, {args.pictures} pictures: the atlas takes {memory:.2f} GiB above the loaded model")
         return 0
+    machine = {"processor": costs.processor(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if args.study:
+        table = study_costs.study(device, args.dtype)
+        if args.out:
+            said = {"command": "mmn bench --study", "machine": machine, "dtype": args.dtype}
+            put(args.out / "study.json", json.dumps(said, indent=1) + "\n")
+            put(args.out / "study.csv", table.to_csv(index=False, float_format="%.5g"))
+        print(study_costs.shown(table).to_string())
+        return 0
     figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
     table = costs.costs(args.shapes, device, args.dtype, args.repeats)
-    machine = {"processor": costs.processor(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     figures |= {"machine": machine, "dtype": args.dtype, "repeats": args.repeats}
     if args.out:
         record = json.dumps({"command": "mmn bench", **figures}, indent=1)
