@@ -33,8 +33,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.images import MAX_PIXELS, open_image
 from mmn.paths import alone, put
