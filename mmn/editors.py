@@ -346,6 +346,40 @@ def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list
     return [neuron for neuron in located(vlm, traces, other, 3 * k) if neuron not in set(own)][:k]
 
 
+def activity(traces: Sequence[Trace], concept: str) -> list[Tensor]:
+    """How often each neuron is active where a concept is said: for each layer float32 `[neurons]`, the share of the captions that say it
+    at whose noun the activation is not 0. A neuron that is silent there can be given any write, and nothing changes.
+
+    Raises MmnError if no caption says it."""
+    said = [trace for trace in traces if says(trace, concept)]
+    if not said:
+        raise MmnError(f"None of these {len(traces)} captions says {concept!r}: choose other pictures.")
+    steps = [trace.noun(concept).step for trace in said]
+    return [
+        torch.stack([trace.activations[layer][step] for trace, step in zip(said, steps, strict=True)]).ne(0).float().mean(0).cpu()
+        for layer in range(len(said[0].activations))
+    ]
+
+
+def active_random(often: Sequence[Tensor], neurons: Sequence[Neuron], seed: int = 0, least: float = 0.5) -> list[Neuron]:
+    """A stricter control than `mmn.same_layer_random`: as many neurons of each layer, drawn among those active (`often`: of `activity`)
+    in at least `least` of the captions, none of the given; fewer where a layer has no more.
+
+    Raises MmnError where there are none."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for layer, group in by_layer(neurons).items():
+        given = {unit for _, unit in group}
+        pool = [unit for unit in (often[layer] >= least).nonzero().flatten().tolist() if unit not in given]
+        order = torch.randperm(len(pool), generator=generator)[: len(group)].tolist()
+        drawn += [Neuron(layer, pool[place]) for place in order]
+    if not drawn:
+        raise MmnError(
+            f"No other neuron of these layers is active in {least:.0%} of the captions: ask for fewer, or lower `least`."
+        )
+    return drawn
+
+
 def in_one_layer(vlm: VLM, traces: Sequence[Trace], source: str, k: int) -> list[Neuron]:
     """The k rows of the highest mean score in the layer where most of the rows found lie: a fit then runs that layer and what follows,
     not the whole model. At most as many as are among the 4 k found."""
@@ -483,6 +517,13 @@ class Judge:
         open_ = [row.trace for row, text in zip(rows, texts, strict=True) if text is None]
         said = iter(self._say([t.image for t in open_], [t.prompt for t in open_]) if open_ else [])
         return [next(said).text.lstrip() if text is None else text for text in texts]  # as a row's text is
+
+    def counts(self) -> dict[str, int]:
+        """How many captions each share of `MEASURES` rests on; for the measures of steps, how many captions they are of. For `rest` and
+        its kin those of all four kinds of fresh scenes."""
+        fresh = sum(len(self.rows.get(name, [])) for name in FRESH)
+        named = {"image_top1": "captions_kept", "image_top10": "captions_kept", "text_top1": "text", "text_top10": "text"}
+        return {name: fresh if name.startswith("rest") else len(self.rows.get(named.get(name, name), [])) for name in MEASURES}
 
     def of(self, way: Way) -> dict[str, float]:
         """The figures of `MEASURES` for one way, each a share between 0 and 1; nan where no caption could show it."""

@@ -44,6 +44,39 @@ def test_scenes_styles_and_prompts_are_disjoint(job: Task, judge: Judge) -> None
     )
 
 
+def test_active_rows_are_those_that_speak_at_the_noun(vlm: mmn.VLM, job: Task) -> None:
+    """Against activations read caption by caption; a change of rows that are always silent there moves no logit of the noun."""
+    traces = [trace for trace in vlm.caption(job.pictures) if says(trace, "cat")]
+    often = editors.activity(traces, "cat")
+    by_hand = [sum(bool(t.activations[7][t.noun("cat").step, unit] != 0) for t in traces) / len(traces) for unit in range(512)]
+    assert often[7].tolist() == pytest.approx(by_hand) and len(often) == len(vlm.anatomy.ffns)
+    found = editors.in_one_layer(vlm, traces, "cat", 6)
+    drawn = editors.active_random(often, found, seed=1)
+    assert len(set(drawn)) == 6 and not set(drawn) & set(found) and {n.layer for n in drawn} == {n.layer for n in found}
+    assert all(often[layer][unit] >= 0.5 for layer, unit in drawn)
+    assert editors.active_random(often, found, seed=1) == drawn != editors.active_random(often, found, seed=2)
+    silent = [mmn.Neuron(7, int(unit)) for unit in (often[7] == 0).nonzero()[:5]]
+    noun, loud = traces[0].noun("cat"), torch.full((5, vlm.hidden), 9.0)
+    inputs = vlm.replay(traces[0], noun.step)
+    with torch.no_grad():
+        before = vlm.model(**inputs).logits[0, -1]
+        with mmn.Edit(silent, loud, vlm.hash, "cat", "dog").applied(vlm):
+            torch.testing.assert_close(vlm.model(**inputs).logits[0, -1], before)
+    with pytest.raises(mmn.MmnError, match="says 'zebra'"):
+        editors.activity([trace for trace in traces if not says(trace, "zebra")], "zebra")
+    with pytest.raises(mmn.MmnError, match="No other neuron"):
+        editors.active_random(often, found, least=1.1)
+
+
+def test_counts_are_the_captions_behind_a_share(judge: Judge) -> None:
+    counts = judge.counts()
+    assert counts.keys() == editors.MEASURES.keys()
+    said = {name: sum(says(trace, "cat") for trace in some) for name, some in judge.before.items()}
+    assert counts["reliability"] == said["reliability"] and counts["captions_kept"] == len(judge.before["captions_kept"])
+    assert counts["rest"] == counts["rest_content"] == sum(said.get(name, 0) for name in editors.FRESH)
+    assert counts["text_top1"] == len(judge.before["text"]) and counts["image_top10"] == counts["captions_kept"]
+
+
 def test_no_change_changes_nothing(vlm: mmn.VLM, judge: Judge) -> None:
     from contextlib import nullcontext
 

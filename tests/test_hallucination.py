@@ -1,9 +1,12 @@
 """Hallucination: scenes that are what they are called, rates counted by hand, detectors of known answer, gates that restore."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
 import mmn
@@ -39,6 +42,31 @@ def test_rates_count_what_is_said() -> None:
     assert found["CHAIR_i, others"].value == 0.5
     shown = sum(len(scene.names) for some in sets.values() for scene in some)
     assert found["recall"].value == pytest.approx(3 / shown) and found["recall of partners"].value == 0
+
+
+def test_a_change_is_that_of_the_same_scenes() -> None:
+    """Against the arithmetic on whole sums; where nothing changes the interval is a point, however the rates themselves vary."""
+    rng = np.random.default_rng(0)
+    before = pd.DataFrame({"set": "biased", "scene": range(40), "wrong": rng.integers(0, 2, 40), "mentions": 3})
+    after = before.sample(frac=1, random_state=0)
+    assert h.change(before, after, "wrong", "mentions") == (0, 0, 0)
+    after = before.assign(wrong=before["wrong"] * (before["scene"] % 2), mentions=2)
+    was, now = before["wrong"].sum() / 120, after["wrong"].sum() / 80
+    assert h.change(before, after, "wrong", "mentions").value == pytest.approx(now - was)
+    gone = h.change(before, after, "wrong", "mentions", share=True)
+    assert gone.value == pytest.approx(1 - now / was) and gone.low < gone.value < gone.high
+    with pytest.raises(mmn.MmnError, match="the same scenes"):
+        h.change(before, after[1:], "wrong", "mentions")
+
+
+def test_exact_intervals_against_the_binomial() -> None:
+    """At the bounds the tail beyond what was counted is 2.5 %."""
+    found = h.exact(5, 11)
+    assert found.value == 5 / 11
+    assert binom.sf(4, 11, found.low) == pytest.approx(0.025) and binom.cdf(5, 11, found.high) == pytest.approx(0.025)
+    assert h.exact(12, 12).high == 1 and h.exact(12, 12).low == pytest.approx(0.025 ** (1 / 12))
+    with pytest.raises(mmn.MmnError, match="share of nothing"):
+        h.exact(0, 0)
 
 
 def test_pope_against_a_count_by_hand(vlm: mmn.VLM) -> None:
@@ -93,6 +121,12 @@ def test_a_voice_is_the_sum_of_the_direct_scores_at_the_patches(vlm: mmn.VLM) ->
     torch.testing.assert_close(voice.patches(vlm, pictures)[0], by_hand, rtol=1e-3, atol=1e-3)
     loud = voice.loudest(vlm, calibration)
     assert float(loud.mean()) == pytest.approx(0, abs=1e-3) and float(loud.std()) == pytest.approx(1, abs=1e-3)
+    other = replace(voice, neurons=[mmn.Neuron(2, 5), mmn.Neuron(7, 9)], mean=0.5)
+    said = [h.Mention(scene, trace, trace.nouns[0]._replace(lemma="clock"), True) for scene in h.holding("clock", 2, 100)]
+    table = h.loudness(vlm, said, {"its own": {"clock": voice}, "other": {"clock": other}})
+    for name, each in (("its own", voice), ("other", other)):
+        expected = [float(each.loudest(vlm, [m.scene.image])) for m in said]
+        assert table[name].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert voice.level == pytest.approx(float(voice.loudest(vlm, pictures).mean()) / 2, rel=1e-3), "midway"
 
 
