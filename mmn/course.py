@@ -143,12 +143,18 @@ def answered(source: NotebookNode, submission: NotebookNode) -> NotebookNode:
 
 
 def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it."""
+    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it, one without end is interrupted. Where the
+    kernel dies, what ran keeps its outputs and the rest has none."""
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     made = copy.deepcopy(notebook)
+    options: dict[str, Any] = {"timeout": SECONDS, "interrupt_on_timeout": True, "allow_errors": True}
     place: dict[str, Any] = {"metadata": {"path": str(folder)}}
-    NotebookClient(made, timeout=SECONDS, allow_errors=True, kernel_name="python3", resources=place).execute()
+    try:
+        NotebookClient(made, kernel_name="python3", resources=place, **options).execute()
+    except (CellTimeoutError, DeadKernelError) as error:
+        print(f"stopped: {str(error).splitlines()[0]}")
     return made
 
 
@@ -169,7 +175,8 @@ def said(cell: NotebookNode) -> str:
     for output in cell.outputs:
         if output.output_type == "error":
             return f"stopped by {output.ename}: {output.evalue}"
-    lines = "".join(output.get("text", "") for output in cell.outputs).strip().splitlines()
+    printed = (output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")  # warnings go to stderr
+    lines = "".join(printed).strip().splitlines()
     return lines[-1] if lines else "nothing"
 
 

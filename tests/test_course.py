@@ -80,7 +80,8 @@ def editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The instructor's edition earns every point, the student's none; a half-solved one half, whatever else is in it."""
+    """The instructor's edition earns every point, the student's none; a half-solved one half, whatever else is in it. An answer that
+    warns is as good as another, and one that ends the kernel costs what stands behind it, and nobody else anything."""
     solved, empty = (course.read(editions / name / "assignment.ipynb") for name in ("instructor", "student"))
     source = course.read(course.ASSIGNMENT)
     found = course.exercises(source)
@@ -94,15 +95,24 @@ def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             cell.source = "def my_control(found, sizes, generator):\n    raise TypeError('not mine')"
         if course.tagged(cell, "check"):  # a check made to say what one likes to hear is put back
             cell.source = "print('right')"
-    for name, notebook in {"solved": solved, "empty": empty, "half": half}.items():
+    odd = copy.deepcopy(empty)
+    for cell in odd.cells:
+        if cell.id == stubs[0]:
+            body = answers[cell.id].replace("    return", "    import sys\n    print('a warning', file=sys.stderr)\n    return", 1)
+            cell.source = body
+        if cell.id == stubs[1]:
+            cell.source = "import os\nos._exit(1)"
+    handed_in = {"odd": odd, "solved": solved, "empty": empty, "half": half}
+    for name, notebook in handed_in.items():
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    files = [str(tmp_path / f"{name}.ipynb") for name in ("solved", "empty", "half")]
+    files = [str(tmp_path / f"{name}.ipynb") for name in handed_in]
     assert main(["course", "grade", *files, "--json", str(tmp_path / "points.json")]) == 0
     record: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "points.json").read_text(encoding="utf-8"))
     points = {name: [row["points"] for row in rows] for name, rows in record.items()}
     assert points["solved.ipynb"] == [each.points for each in found]
     assert points["empty.ipynb"] == [0] * len(found)
     assert points["half.ipynb"] == [found[0].points] + [0] * (len(found) - 1)
+    assert points["odd.ipynb"] == points["half.ipynb"] and record["odd.ipynb"][2]["says"] == "nothing"
     assert "not mine" in record["half.ipynb"][1]["says"]
     assert "of 10 points" in capsys.readouterr().out
 
