@@ -460,7 +460,7 @@ def load(
 def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> torch.dtype | str:
     """The dtype by its name. Raises MmnError where there is none of that name, and for a device that this machine does not have."""
     kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
-    if not isinstance(kind, torch.dtype) and kind != "auto":
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
     if isinstance(device_map, str) and device_map not in SPREAD:
         try:

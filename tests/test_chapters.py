@@ -84,6 +84,7 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
         (["run", "4", "-p", "out=here"], "--out alone"),
         (["run", "4", "-p", "device=gpu"], "The device 'gpu' cannot be used: "),
         (["run", "4", "-p", "device=meta:x"], "The device 'meta:x' cannot be used: "),
+        (["run", "4", "-p", "dtype=int64"], "There is no dtype 'int64': use float32"),
         (["run", "4", "-p", "dtype=float8"], "There is no dtype 'float8': use float32, bfloat16, float16 or auto."),
     ],
 )
