@@ -77,18 +77,23 @@ def test_docstrings_become_what_sphinx_reads(extension: Any) -> None:
 
 def test_first_uses_of_terms_lead_to_the_glossary(extension: Any) -> None:
     page = new_document("page")
-    words = "A same-layer random neuron, image tokens, a neuron, Neurons; FFNs write; a token-like logit lens, logits, `logit`."
+    words = "A same-layer random neuron, image\ntokens, a neuron, Neurons; FFNs write; a token-like logit lens, logits, `logit`."
     page += [nodes.title("", "The heatmap"), nodes.paragraph("", words.partition("`")[0]), nodes.literal("", "heatmap")]
     page += nodes.emphasis("", "nats")
+    page += [
+        addnodes.pending_xref("", nodes.Text("patch"), reftype="term", reftarget="patch"),
+        nodes.paragraph("", "patches, a patch"),
+    ]
     extension.link_terms(SimpleNamespace(env=SimpleNamespace(docname="book/limits")), page)
     links = [(each.astext(), each["reftarget"]) for each in page.findall(addnodes.pending_xref)]
     assert links == [
         ("neuron", "neuron"),
-        ("image tokens", "image token"),
+        ("image\ntokens", "image token"),
         ("FFNs", "FFN"),
         ("logit lens", "logit lens"),
         ("logits", "logit"),
         ("nats", "nat"),
+        ("patch", "patch"),  # the page's own, no second one
     ]
     assert page.children[1].astext() == words.partition("`")[0]
 

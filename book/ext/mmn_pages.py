@@ -32,9 +32,12 @@ def link_terms(app: Sphinx, doctree: nodes.document) -> None:
     page = app.env.docname
     if page.startswith(("book/glossary", "book/api")):
         return
-    linked = {node["reftarget"].lower() for node in doctree.findall(addnodes.pending_xref) if node.get("reftype") == "term"}
-    some = "|".join(re.escape(term) for term in sorted(glossary(), key=len, reverse=True))
-    for text in list(doctree.findall(nodes.Text)):
+    linked = set()
+    some = "|".join(r"\s+".join(map(re.escape, term.split())) for term in sorted(glossary(), key=len, reverse=True))
+    for text in list(doctree.findall(lambda each: isinstance(each, nodes.Text | addnodes.pending_xref))):
+        if isinstance(text, addnodes.pending_xref):
+            linked |= {text["reftarget"].lower()} if text.get("reftype") == "term" else set()
+            continue
         above, node = [], text.parent
         while node is not None:
             above.append(node)
@@ -44,9 +47,10 @@ def link_terms(app: Sphinx, doctree: nodes.document) -> None:
         parts: list[nodes.Node] = []
         end = 0
         for use in re.finditer(rf"(?<![\w-])({some})s?(?![\w-])", text, re.IGNORECASE):
-            if use[1].lower() not in linked:
-                linked.add(use[1].lower())
-                term = glossary()[use[1].lower()]
+            key = " ".join(use[1].lower().split())
+            if key not in linked:
+                linked.add(key)
+                term = glossary()[key]
                 link = addnodes.pending_xref(
                     "", nodes.inline(use[0], use[0], classes=["std-term"]), refdomain="std", reftype="term", reftarget=term,
                     refexplicit=True, refdoc=page, refwarn=True,
