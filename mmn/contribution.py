@@ -63,7 +63,8 @@ def _steps(trace: Trace, nouns: Sequence[Noun], layer: int) -> Tensor:
 
 def _projected(vlm: VLM, trace: Trace, nouns: Sequence[Noun], directions: Tensor) -> list[Tensor]:
     """Activation times inner product with one direction a noun `[nouns, hidden]`: one product a layer reads the weights once."""
-    return [ffn.read(directions).cpu() * _steps(trace, nouns, layer) for layer, ffn in enumerate(vlm.anatomy.ffns)]
+    inner = [ffn.read(directions) for ffn in vlm.anatomy.ffns]  # all are asked for before the first is waited for
+    return [each.cpu() * _steps(trace, nouns, layer) for layer, each in enumerate(inner)]
 
 
 def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:

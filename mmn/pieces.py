@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,8 @@ def read_settings(out: Path) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of the checkout that this package is run from, if it is one; `+` where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 

@@ -22,8 +22,13 @@ from mmn.pieces import csv
 from mmn.vlm import PREFIX, VLM
 
 SHAPES = {"7B": costs.SEVEN, "13B": costs.Shape(5120, 13824, 32064, 40)}  # of LLaVA-1.5's language models
-PASSES = 3  # that are timed together
+PASSES, STEPS = 3, 3  # that are timed together
 TOKENS, FIT_STEPS = 50, 50  # of a caption and of an edit's fit, at most
+
+
+def random_model(size: str, device: str = "cpu", dtype: str = "float32") -> VLM:
+    """LLaVA-1.5 of one of `SHAPES` with random weights, all layers, saying whole words."""
+    return talking(costs.build(SHAPES[size], device=device, dtype=getattr(torch, dtype)))
 
 
 def talking(vlm: VLM) -> VLM:
@@ -58,6 +63,7 @@ def measure(vlm: VLM, batch: int = 2) -> dict[str, float]:
     def run(name: str, work: Any, shared_by: int = 1) -> None:
         row[f"{name}_mib"] = costs.peak(lambda: row.update({f"{name}_seconds": costs.seconds(work, device) / shared_by}), device)
 
+    vlm.caption(pictures[0].open(), max_new_tokens=2)  # warms up
     run("captions", lambda: found.update(stages.rankings(vlm, pictures, batch_size=batch)), batch)
     said = found["captions"].iloc[:1]
     trace = properties.retrace(vlm, pictures[0].open(), [int(token) for token in said["tokens"].item().split()], vlm.prompt)
@@ -68,12 +74,12 @@ def measure(vlm: VLM, batch: int = 2) -> dict[str, float]:
     if len(found["problems"]):
         raise MmnError(f"The properties of a noun cannot be measured here: {found['problems']['problem'].iloc[0]}")
     source, neurons = trace.nouns[0].lemma, mmn.rank(vlm, trace, k=20)[trace.nouns[0].lemma].neurons
-    spent = []
-    for steps in (0, 1):  # captioning and the first look at the loss fall out
+    spent = {}
+    for steps in (0, 0, STEPS):  # the first warms up; captioning and the first look at the loss fall out
         run("step", lambda steps=steps: mmn.Edit.fit(
             vlm, pictures[0].open(), source, "dog", neurons, steps=steps, enough=2, progress=False))  # fmt: skip
-        spent.append(row["step_seconds"])
-    row["step_seconds"] = spent[1] - spent[0]
+        spent[steps] = row["step_seconds"]
+    row["step_seconds"] = (spent[STEPS] - spent[0]) / STEPS
     mine = found["rankings"]["picture"].eq(pictures[0].id)
     row["bytes"] = float(sum(len(csv(table)) for table in (said, found["rankings"][mine], found["properties"])))
     row["positions"] = float(vlm.replay(trace, len(trace.tokens) - 1)["input_ids"].shape[1])

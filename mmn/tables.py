@@ -40,12 +40,14 @@ TOLERANCE = 1e-3  # relative difference of two floats that counts as none: anoth
 
 @dataclass(frozen=True)
 class Table:
-    """A slow table: its name, its keys (anything JSON can write), the function of one key, and what its columns mean, with units."""
+    """A slow table: its name, its keys (anything JSON can write), the function of one key, what its columns mean, with units, and of the
+    columns that count ranks or hits the difference that another processor's rounding may make."""
 
     name: str
     keys: tuple[Any, ...]
     rows: Rows
     columns: dict[str, str]
+    slack: dict[str, float]
 
     def of(self, vlm: VLM, key: Any) -> list[Row]:
         """The rows of one key, each with its number among the keys, `key`, in front."""
@@ -55,11 +57,12 @@ class Table:
 _TABLES: dict[str, Table] = {}
 
 
-def table(name: str, keys: Iterable[Any], columns: dict[str, str]) -> Callable[[Rows], Rows]:
-    """Register the decorated function as the table `name`, one call a key; `columns`: name to meaning, with units."""
+def table(name: str, keys: Iterable[Any], columns: dict[str, str], slack: dict[str, float] | None = None) -> Callable[[Rows], Rows]:
+    """Register the decorated function as the table `name`, one call a key; `columns`: name to meaning, with units; `slack`: of columns that
+    jump where two values are nearly equal, such as ranks, by how much they may differ on another processor."""
 
     def register(rows: Rows) -> Rows:
-        _TABLES[name] = Table(name, tuple(keys), rows, columns)
+        _TABLES[name] = Table(name, tuple(keys), rows, columns, slack or {})
         return rows
 
     return register
@@ -151,7 +154,8 @@ def _is(path: Path, name: str) -> bool:
 
 def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None) -> list[str]:
     """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one:
-    text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest value."""
+    text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest value, and all within the table's
+    slack."""
     chosen, stored = get(name), read(name, vlm, folder=folder)
     numbers = pd.Series(range(len(chosen.keys))).sample(min(count, len(chosen.keys)), random_state=seed)
     faults = []
@@ -163,8 +167,9 @@ def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None
             continue
         for column in fresh.columns:
             largest = stored[column].abs().max() if pd.api.types.is_float_dtype(stored[column]) else 0.0
+            slack = chosen.slack.get(column, 0.0)
             for place, (before, now) in enumerate(zip(old[column], fresh[column], strict=True)):
-                if not same(before, now, largest):
+                if not (same(before, now, largest) or (slack and abs(before - now) <= slack)):
                     faults.append(f"{name}, key {number}, row {place}, {column}: {before!r} is stored, {now!r} was computed.")
     return faults
 

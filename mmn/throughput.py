@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmn import scenes
+from mmn import costs, scenes, study_costs
 from mmn.bars import tqdm
 from mmn.contribution import rank
 from mmn.errors import MmnError
@@ -55,7 +55,8 @@ def throughput(
     pairs = [plain / ours for plain, ours in zip(times["plain"], times["ours"], strict=False)]
     return {
         **speed, "share": statistics.median(pairs) if pairs else None, "peak_mb": peaks, "pictures": pictures, "batch": batch_size,
-        "threads": torch.get_num_threads(), "device": str(vlm.device), "model": vlm.name, "model_hash": vlm.hash,
+        "threads": torch.get_num_threads(), "device": str(vlm.device), "processor": costs.processor(vlm.device.type),
+        "model": vlm.name, "model_hash": vlm.hash,
     }  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def _peak() -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn throughput`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
+    parser.add_argument("--random", choices=study_costs.SHAPES, help="a model of random weights of LLaVA-1.5's shape instead")
     parser.add_argument("--pictures", type=int, default=256, help="synthetic scenes (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="pictures captioned at once (default: %(default)s)")
     parser.add_argument(
@@ -104,7 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mmn throughput`."""
-    vlm = load(args.model, device_map=args.device_map, dtype=args.dtype)
+    if args.random:
+        vlm = study_costs.random_model(args.random, str(args.device_map or "cpu"), args.dtype)
+    else:
+        vlm = load(args.model, device_map=args.device_map, dtype=args.dtype)
     found = throughput(vlm, args.pictures, args.batch, compare=not args.only_ours)
     if args.json:
         print(json.dumps({"dtype": args.dtype, **about(vlm), **found}, indent=1))

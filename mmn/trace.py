@@ -143,4 +143,6 @@ class Recorder:
 
 
 def _keep(kept: list[Tensor], seen: Tensor) -> None:
-    kept.append(seen[:, -1].detach().clone())  # a view would keep every position
+    last = seen[:, -1].detach()
+    # A view would keep every position. Off a GPU the copy goes on beside the computing, into memory that the GPU can reach by itself.
+    kept.append(last.clone() if last.is_cpu else last.to("cpu", non_blocking=True))

@@ -17,6 +17,7 @@ Every stage is resumable: its state is written every few minutes and the data of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -25,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -366,6 +369,47 @@ class Watch:
         return words, activity, torch.cat(negative, dim=-1).sum(dim=-1).mean()
 
 
+class Step(NamedTuple):
+    """What one step reads: scenes; for a stage with text their dialogues, and facts; and the random numbers that are left."""
+
+    scenes: list[scenes.Scene]
+    rows: list[Row]
+    facts: list[Row]
+    rng: np.random.Generator
+
+
+class Steps(Dataset[Step]):
+    """What the steps of a stage read, by their number alone, so that processes beside the one that learns can prepare some ahead."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stage: str):
+        self.recipe, self.tokenizer, self.stage = recipe, tokenizer, stage
+
+    def __getitem__(self, step: int) -> Step:
+        stage, index = self.stage, STAGES.index(self.stage)
+        rng = np.random.default_rng([5, self.recipe.seed, index, step])
+        batch = self.recipe.batches[index]
+        first = (index * 10 + self.recipe.seed) * 10**8 + step * batch  # no two steps or stages share a scene
+        art = augmented if stage == "vision" else ambiguous if stage in ("projector", "tuning") and step % 4 else None
+        options: dict[str, Any] = {"art": art} if art else {}
+        found = [scenes.draw(seed, split="train", **options) for seed in range(first, first + batch)]
+        if stage == "vision":
+            return Step(found, [], [], rng)
+        rasters = [(raster(scene, rng, self.tokenizer), aloud(scene, self.tokenizer)) for scene in found]
+        rows = [dialogue(scene, rng, self.tokenizer, *both) for scene, both in zip(found, rasters, strict=True)]
+        return Step(found, rows, fact_lines(rng, self.tokenizer, batch // 2), rng)
+
+    def ahead(self, start: int, steps: int, workers: int) -> DataLoader[Step]:
+        """The steps from `start` to `steps`, prepared by so many processes."""
+        return DataLoader(
+            self, batch_size=None, sampler=range(start, steps), num_workers=workers, collate_fn=_as_is,
+            generator=torch.Generator(),  # else it would draw from the numbers that training draws from
+        )  # fmt: skip
+
+
+def _as_is(step: Any) -> Any:
+    return step
+
+
 class Trainer:
     """The model in training and the loss of each stage at each step."""
 
@@ -395,36 +439,28 @@ class Trainer:
         }
         return nn.ModuleList(parts[stage])
 
-    def scenes(self, stage: str, step: int, count: int, **options: Any) -> list[scenes.Scene]:
-        """The training scenes of a step: no two steps or stages share one."""
-        first = (STAGES.index(stage) * 10 + self.recipe.seed) * 10**8 + step * count
-        return [scenes.draw(seed, split="train", **options) for seed in range(first, first + count)]
+    def steps(self, stage: str) -> Steps:
+        """What the steps of a stage read."""
+        return Steps(self.recipe, self.tokenizer, stage)
 
-    def loss(self, stage: str, step: int, steps: int) -> Tensor:
-        """The loss of one step of a stage."""
-        rng = np.random.default_rng([5, self.recipe.seed, STAGES.index(stage), step])
+    def loss(self, stage: str, step: int, steps: int, read: Step) -> Tensor:
+        """The loss of one step of a stage on what it reads."""
         if stage == "vision":
-            return self.patch_loss(step, steps, rng)
-        batch = self.recipe.batches[STAGES.index(stage)]
-        art = {"art": ambiguous} if stage in ("projector", "tuning") and step % 4 else {}
-        found = self.scenes(stage, step, batch, **art)
-        pictured = {"language": 0, "projector": batch, "tuning": batch if self.recipe.kind == "end-to-end" else batch * 3 // 4}[
-            stage
-        ]
-        rasters = [(raster(scene, rng, self.tokenizer), aloud(scene, self.tokenizer)) for scene in found]
-        rows = [dialogue(scene, rng, self.tokenizer, *both) for scene, both in zip(found, rasters, strict=True)]
+            return self.patch_loss(step, steps, read)
+        every, alone = len(read.scenes), self.recipe.kind == "llava"
+        pictured = {"language": 0, "projector": every, "tuning": every * 3 // 4 if alone else every}[stage]
         price = {"language": min(1.0, 7 * step / steps), "projector": 0.0, "tuning": 0.15}[stage]
-        loss = self.text_loss(rows, [s.image for s in found[:pictured]], price if self.recipe.kind == "llava" else 0.0)
-        if stage != "projector" and self.recipe.kind == "llava":
-            loss = loss + self.text_loss(fact_lines(rng, self.tokenizer, batch // 2), [])
+        loss = self.text_loss(read.rows, [scene.image for scene in read.scenes[:pictured]], price if alone else 0.0)
+        if stage != "projector" and alone:
+            loss = loss + self.text_loss(read.facts, [])
         return loss
 
-    def patch_loss(self, step: int, steps: int, rng: np.random.Generator) -> Tensor:
+    def patch_loss(self, step: int, steps: int, read: Step) -> Tensor:
         """Cross-entropy of what each patch shows.
 
         For the first 85 % of training each picture keeps only 52 of its 100 patches, those of objects first: twice the pictures for
         the same work."""
-        found = self.scenes("vision", step, self.recipe.batches[0], art=augmented)
+        found, rng = read.scenes, read.rng
         target = torch.from_numpy(np.stack([scene.labels().ravel() for scene in found])).to(self.device)
         images = pixels([scene.image for scene in found]).to(self.device)
         gain = torch.from_numpy(rng.uniform(0.75, 1.25, (len(found), 3, 1, 1)).astype(np.float32)).to(self.device)
@@ -498,7 +534,14 @@ def optimizers(module: nn.Module, stage: str, rate: float) -> list[torch.optim.O
     return found
 
 
-def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path, cycles: int = 1) -> None:
+class _Float32(TorchFunctionMode):
+    """Muon turns gradients to bfloat16, whatever the processor: here they stay float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path, cycles: int = 1, workers: int = 0) -> None:
     """Train one stage, resuming from `folder/<stage>.pt` if it is there, and leave its finished state there.
 
     With several cycles of the learning rate the stage ends with the mean of the weights at the end of each but the first."""
@@ -528,22 +571,25 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
         with whole(state) as part:
             torch.save(saved, part)
 
+    # A processor without AVX-512 multiplies in bfloat16 ten to forty times more slowly than in float32.
+    halves = trainer.device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
     saved_at = time.monotonic()
     smooth = 0.0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", mininterval=10)
-    for step in bar:
+    for step, read in zip(bar, trainer.steps(stage).ahead(start, steps, workers), strict=True):
         local = step % length
         now = rate * min(1.0, (local + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * local / length))
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = now * group["share"]
-        with torch.autocast(trainer.device.type, torch.bfloat16):
-            loss = trainer.loss(stage, step, steps)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=halves):
+            loss = trainer.loss(stage, step, steps, read)
         module.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in chosen:
-            optimizer.step()
+        with contextlib.nullcontext() if halves else _Float32():
+            for optimizer in chosen:
+                optimizer.step()
         if step >= length and (local == length - 1 or step == steps - 1):
             mean.update_parameters(module)
         smooth = loss.item() if step == start else 0.98 * smooth + 0.02 * loss.item()
@@ -566,12 +612,13 @@ def train(
     only: Sequence[str] = STAGES,
     vision: Path | None = None,
     device: str | None = None,
+    workers: int = 0,
 ) -> None:
     """Train the model and save it in `out` as an ordinary Hugging Face checkpoint, weights in fp16.
 
     `work` keeps the resumable state; `scale` shortens or lengthens every stage; `only` runs some of the stages (vision and language
-    do not need each other and can run side by side); `vision` is a finished checkpoint whose vision tower is taken over. Raises MmnError
-    for a `work` folder of another run."""
+    do not need each other and can run side by side); `vision` is a finished checkpoint whose vision tower is taken over; `workers`
+    are processes that prepare steps ahead, which changes nothing in the model. Raises MmnError for a `work` folder of another run."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, where)
@@ -584,7 +631,7 @@ def train(
         index = STAGES.index(stage)
         steps = recipe.steps(stage, scale)
         if stage in only:
-            run_stage(trainer, stage, steps, recipe.rates[index], work, recipe.cycles[index])
+            run_stage(trainer, stage, steps, recipe.rates[index], work, recipe.cycles[index], workers)
         elif {"projector", "tuning"} & set(only):  # the first two stages stand alone
             saved = torch.load(work / f"{stage}.pt", map_location=where, weights_only=True)
             trainer.trained(stage).load_state_dict(saved["module"])
@@ -616,12 +663,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
     parser.add_argument("--vision", type=Path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
     parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")
+    parser.add_argument("--workers", type=int, default=0, metavar="PROCESSES",
+                        help="prepare steps ahead, for a GPU that would wait for pictures (default: %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """`mmn train`."""
     recipe = Recipe(kind=args.recipe, seed=args.seed)
-    train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, vision=args.vision, device=args.device)
+    train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, vision=args.vision, device=args.device,
+          workers=args.workers)  # fmt: skip
     return 0
 
 

@@ -68,11 +68,11 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, checkpoint, monkeypatch):
     calls = []
     patch_loss = train.Trainer.patch_loss
 
-    def breaks(self, step, steps, rng):
+    def breaks(self, step, steps, read):
         calls.append(step)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return patch_loss(self, step, steps, rng)
+        return patch_loss(self, step, steps, read)
 
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     monkeypatch.setattr(train.Trainer, "patch_loss", breaks)
@@ -87,6 +87,16 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, checkpoint, monkeypatch):
         assert torch.equal(a, b), f"{name} differs from the undisturbed run"
 
 
+class Blank(train.Steps):
+    """Steps that read nothing."""
+
+    def __init__(self):
+        pass
+
+    def __getitem__(self, step):
+        return None
+
+
 class Line:
     """A trainer of one linear layer, whose loss at a step can be told to fail; it keeps the weights it saw."""
 
@@ -97,7 +107,10 @@ class Line:
     def trained(self, stage):
         return torch.nn.ModuleList([self.model])
 
-    def loss(self, stage, step, steps):
+    def steps(self, stage):
+        return Blank()
+
+    def loss(self, stage, step, steps, read):
         if step == self.fails_at:
             raise KeyboardInterrupt
         self.seen.append(self.model.weight.detach().clone())
@@ -139,7 +152,7 @@ def test_only_the_named_modules_of_a_stage_change(checkpoint):
     assert {name.split(".")[0] for name in saved} == {"0"} and all("linear" in name for name in saved)
     fresh = dict(trainer.trained("projector").named_parameters())
     assert any(not torch.equal(fresh[name], value) for name, value in saved.items())
-    assert trainer.loss("tuning", 0, 2).requires_grad
+    assert trainer.loss("tuning", 0, 2, trainer.steps("tuning")[0]).requires_grad
 
 
 def test_rasters_show_the_scene(tokenizer):
@@ -174,6 +187,18 @@ def test_a_finished_vision_tower_can_be_taken_over(checkpoint, tmp_path):
     same = {name.split(".")[1] for name in first if torch.equal(first[name], second[name])}
     assert "vision_tower" in same and all(torch.equal(v, second[n]) for n, v in first.items() if "vision_tower" in n)
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_processes_beside_prepare_what_one_would_read(stage):
+    steps = train.Trainer(TINY, torch.device("cpu")).steps(stage)
+    alone, ahead = list(steps.ahead(1, 4, 0)), list(steps.ahead(1, 4, 2))
+    assert len(alone) == len(ahead) == 3
+    for one, other in zip(alone, ahead, strict=True):
+        assert (one.rows, one.facts) == (other.rows, other.facts)
+        assert one.rng.integers(1 << 30) == other.rng.integers(1 << 30)
+        for a, b in zip(one.scenes, other.scenes, strict=True):
+            assert a.names == b.names and np.array_equal(a.image, b.image)
 
 
 def test_scale_0_leaves_the_model_untrained(tmp_path):
