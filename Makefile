@@ -1,5 +1,5 @@
 # make book   build the book into book/_build/html      make lab      open the chapters in JupyterLab
-# make test   run every test                            make refresh  run the chapters again and store their outputs
+# make test   run the tests                             make refresh  run the chapters again and store their outputs
 # Each makes .venv first, once; all it needs is Python 3.11.
 
 PYTHON ?= python3.11

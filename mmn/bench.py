@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
     if args.study:
         table = study_costs.study(device, args.dtype)
         if args.out:
-            said = {"command": "mmn bench --study", "machine": machine, "dtype": args.dtype}
+            where = f" --device-map {args.device_map}" if args.device_map else ""
+            said = {"command": f"mmn bench --study{where} --dtype {args.dtype}", "machine": machine, "dtype": args.dtype}
             put(args.out / "study.json", json.dumps(said, indent=1) + "\n")
             put(args.out / "study.csv", table.to_csv(index=False, float_format="%.5g"))
         print(study_costs.shown(table).to_string())

@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         vlm = load(args.model, device_map=args.device_map, dtype=args.dtype)
     found = throughput(vlm, args.pictures, args.batch, compare=not args.only_ours)
     if args.json:
-        print(json.dumps({"dtype": args.dtype, **about(vlm), **found}, indent=1))
+        what = "mmn throughput" + (f" --random {args.random}" if args.random else f" --model {args.model}")
+        print(json.dumps({"command": what, "dtype": args.dtype, **about(vlm), **found}, indent=1))
         return 0
     for name, what in (
         ("ours", "captions, recording, ranking"),

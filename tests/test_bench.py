@@ -34,6 +34,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "recording: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_of_the_atlas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """What every neuron needs is held: four grids of half a byte a place, at least; bad numbers are refused before a model is built."""
     small = costs.Shape(64, 20_000, 4008, 2)

@@ -1,5 +1,5 @@
 """Every chapter on tiny random models of several families, on drawn scenes and on a folder of pictures: it runs through, or stops with a
-sentence that says what the model lacks. `MMN_ALL_CHAPTERS=1 pytest tests/test_chapters_run.py` runs the full matrix."""
+sentence that says what the model lacks. `MMN_ALL_CHAPTERS=1 pytest -m slow tests/test_chapters_run.py` runs the full matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import real
 from mmn import chapters, scenes
 from mmn.errors import MmnError
 
-pytestmark = pytest.mark.skipif(not chapters.FOLDER.exists(), reason="there are no chapters beside the tests")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not chapters.FOLDER.exists(), reason="there are no chapters beside the tests"),
+]
 NAMES = [path.stem for path in sorted(chapters.FOLDER.glob("0[1-8]*.ipynb"))]  # the tour has a test of its own
 FAMILIES = ("llava", "gemma3", "instructblip")
 SMALL = {"pictures": 4, "concepts": 3, "sample": 3, "live": 1, "top_k": 4}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def test_the_table(capsys: pytest.CaptureFixture) -> None:
     assert "0 of 1 families conform." in capsys.readouterr().out
 
 
-@pytest.mark.skipif("MMN_ALL_FAMILIES" not in os.environ, reason="the whole table: a minute on a free core; MMN_ALL_FAMILIES=1")
+@pytest.mark.slow
 def test_the_whole_table(capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     families.add_arguments(parser)

@@ -18,7 +18,7 @@ import mmn
 
 TOUR = Path(__file__).parent.parent / "notebooks" / "00_tour.ipynb"
 # Without a chat template, with one; a Q-Former, pooled pictures, tiles; plain and gated FFNs, biases, tied and capped logits.
-FAMILIES = ("llava", "instructblip", "paligemma", "gemma3", "blip-2")
+QUICK, SLOW = "paligemma", ("llava", "instructblip", "gemma3", "blip-2")
 pytestmark = pytest.mark.skipif(not TOUR.exists(), reason="there are no chapters beside the tests")
 
 
@@ -31,7 +31,7 @@ def kernel() -> Iterator[KernelManager]:
     manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_tour(family: str, kernel: KernelManager, tmp_path: Path) -> None:
     folder = real.save(family, tmp_path / "model")
     given = {"model": str(folder), "top_k": 4, "out": str(tmp_path / "results")}

@@ -64,6 +64,7 @@ def test_the_tables_say_what_was_run(whole):
     assert {"sensitivity", "causal effect", "specificity"} <= set(tables["summary"]["property"])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
     out = tmp_path / "killed"
     for files in (1, 5, 9):  # pieces that are there when the axe falls
@@ -85,6 +86,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_where_nothing_more_can_be_written_it_says_so_and_goes_on_later(tmp_path):
     out = tmp_path / "full"
     few = ("--count", "2", "--shards", "1")
