@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -140,6 +141,8 @@ class Recorder:
 
         with hooked(handles()):
             yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # copies that are still on their way
 
 
 def _keep(kept: list[Tensor], seen: Tensor) -> None:

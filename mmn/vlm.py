@@ -287,10 +287,8 @@ class VLM:
         length = inputs["input_ids"].shape[1]
         tokens = out[:, length:].cpu()
         logprobs = torch.stack(probabilities.kept, 1).cpu()
-        if tokens.device != out.device:
-            torch.accelerator.synchronize()  # the recorder's copies are on their way
         # One copy a layer, [batch, steps, neurons]; the traces are views of it.
-        activations = [torch.stack(steps, 1).float() for steps in recorder.steps] if record else []
+        activations = [torch.stack([each.float() for each in steps], 1) for steps in recorder.steps] if record else []
         stream = torch.stack(recorder.stream, 1).float() if record else None
         ends = self.end_tokens
         traces = []

@@ -1,9 +1,12 @@
 """What `mmn throughput` counts: pictures by seconds, the release's loop one at a time, and memory that only grows."""
 
+import functools
+import json
+
 import pytest
 import tiny
 
-from mmn import throughput
+from mmn import cli, costs, study_costs, throughput
 from mmn.errors import MmnError
 
 
@@ -27,3 +30,12 @@ def test_pictures_a_second_are_pictures_by_seconds(monkeypatch):
 def test_fewer_pictures_than_a_batch_are_refused():
     with pytest.raises(MmnError, match="less than one batch"):
         throughput.throughput(tiny.llava(), pictures=3, batch_size=4)
+
+
+def test_a_random_model_of_a_large_ones_shape_can_be_measured(monkeypatch, capsys):
+    monkeypatch.setattr(study_costs, "SHAPES", {"7B": costs.Shape(64, 496, 1200, 2)})
+    monkeypatch.setattr(costs, "build", functools.partial(costs.build, side=3))
+    assert cli.main(["throughput", "--random", "7B", "--pictures", "2", "--batch", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == "mmn throughput --random 7B" and found["layers"] == 2 and found["neurons"] == 992
+    assert found["share"] > 0 and found["nouns by"] == "first_word"

@@ -1,6 +1,7 @@
 """The command that makes the shipped model, run tiny: it trains, stops, goes on where it was, and leaves an ordinary checkpoint."""
 
 import argparse
+import contextlib
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_processes_beside_prepare_what_one_would_read(stage):
         assert one.rng.integers(1 << 30) == other.rng.integers(1 << 30)
         for a, b in zip(one.scenes, other.scenes, strict=True):
             assert a.names == b.names and np.array_equal(a.image, b.image)
+
+
+def test_muon_in_float32_takes_the_step_of_muon():
+    """Where the processor has no bfloat16: the same step to the few digits that bfloat16 has, and a gradient left as it was."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(24, 40), torch.randn(24, 40)
+    moved = []
+    for mode in (contextlib.nullcontext(), train._Float32()):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient.clone()
+        with mode:
+            torch.optim.Muon([weight], lr=0.1, weight_decay=0.0).step()
+        assert torch.equal(weight.grad, gradient)
+        moved.append(weight.detach() - start)
+    assert not torch.equal(*moved)
+    assert torch.linalg.norm(moved[0] - moved[1]) < 0.02 * torch.linalg.norm(moved[1])
 
 
 def test_scale_0_leaves_the_model_untrained(tmp_path):
