@@ -19,7 +19,7 @@ from mmn.metrics import Interval
 
 KEY = "mmn_claims"  # of an output's metadata
 VERDICTS = ("holds", "in part", "misses the bar", "not shown", "the reverse")
-CONTRASTS = {"seed": "shipped recipe, other seeds", "end-to-end": "end to end", "untrained": "untrained"}
+CONTRASTS = {"seed": "plain runs of the recipe", "end-to-end": "end to end", "untrained": "untrained"}
 
 
 @dataclass(frozen=True)

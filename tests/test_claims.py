@@ -46,7 +46,7 @@ def test_the_verdict_follows_from_the_figures(found, control, bar, verdict):
 def test_other_models_stand_in_columns_of_their_own():
     others = {"seed-1": 0.5, "seed-2": 0.75, "end-to-end": 0.25}
     (row,) = claims.frame([Claim("c", "m", interval(1), contrasts=others)]).to_dict("records")
-    assert row["shipped recipe, other seeds"] == "0.62 (0.50 to 0.75)"
+    assert row["plain runs of the recipe"] == "0.62 (0.50 to 0.75)"
     assert row["end to end"] == "0.25" and row["untrained"] == "open"
 
 
