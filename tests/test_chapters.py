@@ -102,6 +102,7 @@ def test_bad_parameters_stop_before_anything_starts(book, capsys, monkeypatch, w
     assert not (book / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, capsys):
     words = ["run", "4", "--out", str(book / "results"), "-p"]
     for given, said in (
@@ -206,6 +207,7 @@ def test_pictures_that_cannot_be_opened_are_left_out_and_told(tmp_path, capsys):
         chapters.opened(str(tmp_path), 9)
 
 
+@pytest.mark.slow
 def test_a_run_that_left_a_picture_out_ends_with_1_and_the_next_whole_one_with_0(book, capsys):
     (book / "pictures").mkdir()
     scenes.draw(1).image.save(book / "pictures" / "1.png")

@@ -80,6 +80,7 @@ def editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The instructor's edition earns every point, the student's none; a half-solved one half, whatever else is in it. An answer that
     warns is as good as another, and one that ends the kernel costs what stands behind it, and nobody else anything."""

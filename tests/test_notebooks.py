@@ -97,6 +97,7 @@ def test_outputs_are_those_of_the_shipped_model(chapter: Path) -> None:
     assert set(found) == {mmn.load("tiny-llava").hash}, "run `make refresh`: the outputs are another model's"
 
 
+@pytest.mark.slow
 def test_the_tour_on_a_picture_that_the_reader_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scenes.draw(4).image.resize((200, 160)).save("mine.jpg")

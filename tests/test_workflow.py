@@ -52,6 +52,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_was_run(whole):
     record = json.loads((whole / "tables" / "tables.json").read_text())
     model = record["models"]["tiny-llava"]
@@ -102,6 +103,7 @@ def test_where_nothing_more_can_be_written_it_says_so_and_goes_on_later(tmp_path
     assert last.returncode == 0 and "2 captions" in said and " 0 measures" not in said and " 0 problems" in said, complaints
 
 
+@pytest.mark.slow
 def test_a_broken_picture_and_a_broken_model_are_a_line_each_and_the_rest_is_done(tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -122,6 +124,7 @@ def test_a_broken_picture_and_a_broken_model_are_a_line_each_and_the_rest_is_don
     assert "2.png" in complaints and "1 captions" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_how_much_is_left_and_computes_nothing(whole, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(whole, half)
@@ -163,6 +166,7 @@ def test_sources_and_models_are_found_from_anywhere(tmp_path, monkeypatch):
     assert models["owner_name_v1"]["name"] == "owner/name" and models["owner_name_v1"]["revision"] == "v1"
 
 
+@pytest.mark.slow
 def test_how_it_is_run_may_change(whole):
     workflow.kept(whole, workflow.settings_of(parsed("--out", str(whole), *OPTIONS, "--minutes", "9", "--batch", "2")))
     machine = workflow.machine_of(parsed("--out", "run", "--jobs", "2"))
@@ -194,6 +198,7 @@ def test_the_pictures_are_those_that_the_run_began_with(tmp_path):
         pieces.pictures_of(out, settings)
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_a_line_and_what_lacked_memory_is_tried_again(whole, tmp_path):
     out = tmp_path / "gone"
     shutil.copytree(whole, out)
@@ -212,6 +217,7 @@ def test_what_is_gone_is_a_line_and_what_lacked_memory_is_tried_again(whole, tmp
         assert (out / "tables" / f"{name}.csv").read_bytes() == (whole / "tables" / f"{name}.csv").read_bytes(), name
 
 
+@pytest.mark.slow
 def test_pieces_that_the_run_does_not_have_are_refused(whole):
     with pytest.raises(MmnError, match="--shard is a number from 0 to 1, not 2"):
         pieces.step(whole, "rankings", "tiny-llava", 2)
@@ -273,6 +279,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
         pd.testing.assert_frame_equal(pieces._read(tmp_path / "t.csv"), table)
 
 
+@pytest.mark.slow
 def test_a_dead_address_is_a_line_and_the_pictures_stay_when_more_are_fetched(whole, tmp_path):
     sbu, out = tmp_path / "sbu", tmp_path / "run"
     (sbu / "images").mkdir(parents=True)
@@ -315,6 +322,7 @@ def test_a_broken_picture_may_have_any_name(tmp_path):
     assert r"\xff.png is no picture" in (tmp_path / "t.csv").read_text()
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_refused_and_left_alone(whole, tmp_path):
     before = (whole / "settings.json").read_text()
     with pytest.raises(MmnError, match="other settings .*seed"):
