@@ -11,7 +11,7 @@ with mmn.zero(vlm, ranking.neurons):              # what happens without them
 """
 
 from mmn.anatomy import Anatomy
-from mmn.contribution import SCORES, NeuronRanking, contributions, rank
+from mmn.contribution import SCORES, NeuronRanking, contributions, rank, rank_all
 from mmn.edit import Edit
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
@@ -47,6 +47,7 @@ __all__ = [
     "open_image",
     "perturb",
     "rank",
+    "rank_all",
     "same_layer_random",
     "scale",
     "shuffle_image_tokens",

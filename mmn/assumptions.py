@@ -65,7 +65,7 @@ def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int 
     table.insert(0, "layer", [layer for layer, size in enumerate(sizes) for _ in range(size)])
     table.insert(1, "unit", [unit for size in sizes for unit in range(size)])
     table["found"] = table["score"].rank(ascending=False, method="first") <= k
-    active = table[torch.cat([layer[chosen.step] != 0 for layer in trace.activations]).numpy()]
+    active = table[(trace.at([chosen.step])[0] != 0).numpy()]
     others = active[~active["found"]].sample(frac=1, random_state=seed).groupby("layer").head(per_layer)
     table = pd.concat([active[active["found"]], others]).sort_values(["layer", "unit"]).reset_index(drop=True)
     moment = Moment(vlm, trace, chosen)

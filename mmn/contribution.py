@@ -26,6 +26,7 @@ Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
 Reader = Callable[[int, Tensor], Tensor]
 
 RIVALS = 32  # likeliest words that `readout` follows one by one
+BATCH = 64  # nouns that `rank_all` ranks at once: a float32 each for every neuron
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,20 @@ class NeuronRanking:
 # ------------------------------------------------------------------------------------------------- scores without gradients
 
 
-def _steps(trace: Trace, nouns: Sequence[Noun], layer: int) -> Tensor:
-    return trace.activations[layer][[noun.step for noun in nouns]]
+def _at(trace: Trace, nouns: Sequence[Noun]) -> tuple[Tensor, ...]:
+    """Activations at the nouns' steps, for each layer float32 `[nouns, neurons]`."""
+    return trace.at([noun.step for noun in nouns]).split(trace.sizes, -1)
 
 
-def _projected(vlm: VLM, trace: Trace, nouns: Sequence[Noun], directions: Tensor) -> list[Tensor]:
+def _projected(vlm: VLM, activations: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
     """Activation times inner product with one direction a noun `[nouns, hidden]`: one product a layer reads the weights once."""
     inner = [ffn.read(directions) for ffn in vlm.anatomy.ffns]  # all are asked for before the first is waited for
-    return [each.cpu() * _steps(trace, nouns, layer) for layer, each in enumerate(inner)]
+    return [each.cpu() * active for each, active in zip(inner, activations, strict=True)]
 
 
 def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """`a_i <w_i, u_t>`, Pan et al. with the full product as activation."""
-    return _projected(vlm, trace, nouns, vlm.anatomy.words([noun.token for noun in nouns]))
+    return _projected(vlm, _at(trace, nouns), vlm.anatomy.words([noun.token for noun in nouns]))
 
 
 def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
@@ -77,7 +79,7 @@ def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     [ours]."""
     weight = matrix(vlm.anatomy.unembedding)
     mean = weight.mean(0, dtype=torch.float32)
-    return _projected(vlm, trace, nouns, vlm.anatomy.words([noun.token for noun in nouns]) - mean)
+    return _projected(vlm, _at(trace, nouns), vlm.anatomy.words([noun.token for noun in nouns]) - mean)
 
 
 def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
@@ -85,13 +87,13 @@ def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     [ours]."""
     assert trace.stream is not None
     words = vlm.anatomy.words([noun.token for noun in nouns])
-    return _projected(vlm, trace, nouns, through_norm(vlm, words, trace.stream[[noun.step for noun in nouns]]))
+    return _projected(vlm, _at(trace, nouns), through_norm(vlm, words, trace.stream[[noun.step for noun in nouns]]))
 
 
 def log_probability(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """The direct score with `log p(t)` in the logit's place, to first order: `a_i <w_i, n_t>` with n_t of `towards_log_p` [ours].
     Unlike `centred` it takes off what goes to the noun's *rivals*. Reads the vocabulary's rows once."""
-    return _projected(vlm, trace, nouns, towards_log_p(vlm, trace, nouns))
+    return _projected(vlm, _at(trace, nouns), towards_log_p(vlm, trace, nouns))
 
 
 @torch.no_grad()
@@ -155,8 +157,7 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
     asked = torch.cat([directions.flatten(0, 1), line, torch.ones_like(line[:1])])
     length = line.square().sum(-1).double().cpu()[:, None]
     found = []
-    for layer in range(len(vlm.anatomy.ffns)):
-        fired = _steps(trace, nouns, layer)
+    for layer, fired in enumerate(_at(trace, nouns)):
         losses = torch.zeros_like(fired)
         found.append(losses)
         if not len(units := fired.any(0).nonzero()[:, 0]):
@@ -209,14 +210,14 @@ def _norm_gain(vlm: VLM) -> tuple[Tensor, bool]:
 
 def activation(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """`|a_i|` alone, the same for every token: what the weights add to a ranking shows beside it."""
-    return [_steps(trace, nouns, layer).abs() for layer in range(len(vlm.anatomy.ffns))]
+    return [active.abs() for active in _at(trace, nouns)]
 
 
 def write_norm(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """`|a_i| ||w_i||`, how much the neuron writes, whatever it says."""
     return [
-        _steps(trace, nouns, layer).abs() * ffn.write(range(ffn.neurons)).norm(dim=-1).cpu()
-        for layer, ffn in enumerate(vlm.anatomy.ffns)
+        active.abs() * ffn.write(range(ffn.neurons)).norm(dim=-1).cpu()
+        for active, ffn in zip(_at(trace, nouns), vlm.anatomy.ffns, strict=True)
     ]
 
 
@@ -319,17 +320,20 @@ SCORES: dict[str, Scorer] = {
 
 
 def _scores(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> list[Tensor]:
+    _check(vlm, trace, nouns, score)
+    return SCORES[score](vlm, trace, nouns)
+
+
+def _check(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> None:
     if score not in SCORES:
         raise MmnError(f"There is no score {score!r}: choose one of {', '.join(SCORES)}.")
-    if not trace.activations:
+    if not trace.recorded:
         raise MmnError("This caption was made with record=False, so there is nothing to score: caption again with recording on.")
-    widths = [layer.shape[-1] for layer in trace.activations]
-    if widths != vlm.anatomy.neurons:
+    if trace.sizes != vlm.anatomy.neurons:
         raise MmnError("This trace comes from another model: its layers have other numbers of neurons.")
     words = vlm.anatomy.unembedding.out_features
     if odd := [noun.token for noun in nouns if not 0 <= noun.token < words]:
         raise MmnError(f"There is no token {odd[0]} in this model's vocabulary of {words}.")
-    return SCORES[score](vlm, trace, nouns)
 
 
 def contributions(vlm: VLM, trace: Trace, noun: str | Noun, score: str = "direct") -> list[Tensor]:
@@ -354,20 +358,49 @@ def rank(
     """The k neurons of all layers with the largest score for a noun; without a noun, for all nouns of the caption, by lemma.
 
     All nouns together cost one product a layer. Raises MmnError as `contributions` does, and for a `k` outside 1 ... neurons."""
-    total = vlm.anatomy.total
-    if not isinstance(k, int) or not 1 <= k <= total:
-        raise MmnError(f"k is a number of neurons between 1 and {total}, not {k!r}.")
+    _check_k(vlm, k)
     nouns = trace.nouns if noun is None else [trace.noun(noun)]
     if not nouns:
         return {}
-    flat = torch.cat(_scores(vlm, trace, nouns, score), -1)
-    values, places = flat.topk(k, -1)
+    found = _ranked(vlm, nouns, _scores(vlm, trace, nouns, score), _at(trace, nouns), k, score)
+    return {each.noun.lemma: each for each in found} if noun is None else found[0]
+
+
+def rank_all(vlm: VLM, traces: Sequence[Trace], k: int = 10) -> list[dict[str, NeuronRanking]]:
+    """`rank` by the direct score for all nouns of several captions, which together cost one product a layer for every BATCH of them:
+    for a batch of captions of a 7B model that is what ranking takes. Raises MmnError as `rank` does."""
+    _check_k(vlm, k)
+    for trace in traces:
+        _check(vlm, trace, trace.nouns, "direct")
+    said = [(trace, noun) for trace in traces for noun in trace.nouns]
+    rankings: list[NeuronRanking] = []
+    for start in range(0, len(said), BATCH):
+        some = said[start : start + BATCH]
+        nouns = [noun for _, noun in some]
+        activations = torch.cat([trace.at([noun.step]) for trace, noun in some]).split(vlm.anatomy.neurons, -1)
+        scores = _projected(vlm, activations, vlm.anatomy.words([noun.token for noun in nouns]))
+        rankings += _ranked(vlm, nouns, scores, activations, k, "direct")
+    each = iter(rankings)
+    return [{noun.lemma: next(each) for noun in trace.nouns} for trace in traces]
+
+
+def _check_k(vlm: VLM, k: int) -> None:
+    total = vlm.anatomy.total
+    if not isinstance(k, int) or not 1 <= k <= total:
+        raise MmnError(f"k is a number of neurons between 1 and {total}, not {k!r}.")
+
+
+def _ranked(
+    vlm: VLM, nouns: Sequence[Noun], scores: Sequence[Tensor], activations: Sequence[Tensor], k: int, score: str
+) -> list[NeuronRanking]:
+    """One ranking a noun from scores and activations, for each layer `[nouns, neurons]`."""
+    values, places = torch.cat(list(scores), -1).topk(k, -1)
     starts = torch.tensor([0, *vlm.anatomy.neurons]).cumsum(0)
     layers = torch.bucketize(places, starts, right=True) - 1
     units = places - starts[layers]
-    activations = torch.cat([_steps(trace, nouns, layer) for layer in range(len(vlm.anatomy.ffns))], -1).gather(-1, places)
-    found = {}
-    for row, each in enumerate(nouns):
+    active = torch.cat(list(activations), -1).gather(-1, places)
+    found = []
+    for row, noun in enumerate(nouns):
         neurons = [Neuron(*pair) for pair in zip(layers[row].tolist(), units[row].tolist(), strict=True)]
-        found[each.lemma] = NeuronRanking(each, neurons, values[row].tolist(), activations[row].tolist(), score)
-    return found if noun is None else found[nouns[0].lemma]
+        found.append(NeuronRanking(noun, neurons, values[row].tolist(), active[row].tolist(), score))
+    return found

@@ -354,11 +354,8 @@ def activity(traces: Sequence[Trace], concept: str) -> list[Tensor]:
     said = [trace for trace in traces if says(trace, concept)]
     if not said:
         raise MmnError(f"None of these {len(traces)} captions says {concept!r}: choose other pictures.")
-    steps = [trace.noun(concept).step for trace in said]
-    return [
-        torch.stack([trace.activations[layer][step] for trace, step in zip(said, steps, strict=True)]).ne(0).float().mean(0).cpu()
-        for layer in range(len(said[0].activations))
-    ]
+    often = torch.cat([trace.at([trace.noun(concept).step]) for trace in said]).ne(0).float().mean(0)
+    return list(often.split(said[0].sizes))
 
 
 def active_random(often: Sequence[Tensor], neurons: Sequence[Neuron], seed: int = 0, least: float = 0.5) -> list[Neuron]:

@@ -91,7 +91,7 @@ def mean_activations(traces: Sequence[Trace]) -> list[Tensor]:
     """Mean activations over the steps of some captions, each caption counting the same: for each layer float32 `[neurons]`.
 
     Raises MmnError if there is none, or one was not recorded."""
-    if not traces or any(not trace.activations or not len(trace.tokens) for trace in traces):
+    if not traces or any(not trace.recorded or not len(trace.tokens) for trace in traces):
         raise MmnError("Means come from captions with recorded activations: give at least one, made with recording on.")
     layers = range(len(traces[0].activations))
     return [torch.stack([trace.activations[layer].mean(0) for trace in traces]).mean(0) for layer in layers]

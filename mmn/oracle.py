@@ -51,11 +51,11 @@ class Moment:
 
     def __init__(self, vlm: VLM, trace: Trace, noun: str | Noun):
         chosen = trace.noun(noun)
-        if not trace.activations:
+        if not trace.recorded:
             raise MmnError("This caption was made with record=False: caption again with recording on.")
         self.vlm, self.token = vlm, chosen.token
         self.layers = vlm.anatomy.neurons
-        self.activations = [layer[chosen.step] for layer in trace.activations]
+        self.activations = list(trace.at([chosen.step])[0].split(self.layers))
         inputs = vlm.replay(trace, chosen.step)
         ids = inputs["input_ids"]
         before = {k: v[:, :-1] if v.shape[:2] == ids.shape and k != "pixel_values" else v for k, v in inputs.items()}

@@ -92,8 +92,9 @@ class _Bed:
     def __init__(self, vlm: VLM, trace: Trace, noun: Noun):
         self.vlm, self.trace, self.noun = vlm, trace, noun
         self.inputs = vlm.replay(trace, noun.step)
-        self.activations = [layer[noun.step] for layer in trace.activations]
-        fired = torch.cat(self.activations).abs()
+        fired = trace.at([noun.step])[0]
+        self.activations = list(fired.split(vlm.anatomy.neurons))
+        fired = fired.abs()
         norms = torch.cat([ffn.write(range(ffn.neurons)).norm(dim=-1).cpu() for ffn in vlm.anatomy.ffns])
         self.strong, self.strongest = float(fired.quantile(ACTIVATION)), float(fired.max())
         self.length = float(norms[fired > 0].quantile(WRITE))
@@ -190,8 +191,7 @@ class _Bed:
             rows[self.noun.step] = last[0].float().cpu()
             return rows
 
-        activations = [placed(kept[0]) for kept in recorder.steps]
-        return replace(self.trace, activations=activations, stream=placed(recorder.stream[0]))
+        return replace(self.trace, record=list(placed(recorder.steps[0])), stream=placed(recorder.stream[0]))
 
 
 def _inputs(ffn: FFN) -> list[Any]:

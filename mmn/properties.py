@@ -121,7 +121,8 @@ def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: 
     prompt = vlm.prompt if prompt is None else prompt
     context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -4:].tolist()
     ids = torch.tensor(tokens)
-    empty = Trace(ids, False, torch.zeros(len(ids)), [], None, image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon)
+    around = image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon
+    empty = Trace(ids, False, torch.zeros(len(ids)), [], vlm.anatomy.neurons, None, *around)
     return reread(vlm, empty, record=True).trace(0)
 
 
@@ -142,8 +143,8 @@ class Reading:
 
     def trace(self, row: int) -> Trace:
         """One row as a Trace."""
-        activations = [layer[row] for layer in self.activations]
-        return replace(self.of, logprobs=self.logp[row], activations=activations, image=self.images[row])
+        record = list(torch.cat([layer[row] for layer in self.activations], -1)) if self.activations else []
+        return replace(self.of, logprobs=self.logp[row], record=record, image=self.images[row])
 
 
 @torch.no_grad()
@@ -206,7 +207,7 @@ def replaced_by(values: Sequence[Tensor]) -> Change:
 
 def at_noun(case: Case) -> list[Tensor]:
     """A case's activations at the step that produced its noun, for each layer float32 `[neurons]`."""
-    return [layer[case.noun.step] for layer in case.trace.activations]
+    return list(case.trace.at([case.noun.step])[0].split(case.trace.sizes))
 
 
 def effects(

@@ -130,7 +130,7 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
 
         def work(some: list[tuple[Picture, Image.Image]]) -> list[tuple[mmn.Trace, dict[str, mmn.NeuronRanking]]]:
             traces = vlm.caption([image for _, image in some], prompt, batch_size=len(some))
-            return [(trace, mmn.rank(vlm, trace, k=top_k)) for trace in traces]
+            return list(zip(traces, mmn.rank_all(vlm, traces, top_k), strict=True))
 
         for (picture, _), (trace, found) in sparing(work, batch, lambda item, why: notes.add(item[0].id, why)):
             captions.append(

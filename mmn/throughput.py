@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmn import costs, scenes, study_costs
 from mmn.bars import tqdm
-from mmn.contribution import rank
+from mmn.contribution import rank_all
 from mmn.errors import MmnError
 from mmn.pieces import about
 from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
@@ -61,8 +61,7 @@ def throughput(
 
 
 def _ours(vlm: VLM, images: list[Image.Image], limit: int) -> None:
-    for trace in vlm.caption(images, max_new_tokens=limit, batch_size=len(images)):
-        rank(vlm, trace)
+    rank_all(vlm, vlm.caption(images, max_new_tokens=limit, batch_size=len(images)))
 
 
 def _plain(vlm: VLM, images: list[Image.Image], limit: int, cache: bool) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,15 +25,16 @@ class Trace:
     """The record of one picture's caption.
 
     tokens: generated ids, int64 `[steps]`, without the end mark; ended: whether the model set
-    one. logprobs: natural log of each token's probability `[steps]`. activations: for each layer float32 `[steps, neurons]`,
-    what the FFN's output projection received at the position that *produced* the step's token. stream: float32 `[steps,
-    hidden]`, what the final norm received there. Both are empty if recording was off. image, prompt and prefix: what was
-    asked."""
+    one. logprobs: natural log of each token's probability `[steps]`. record: for each step, in the model's dtype, what the FFNs'
+    output projections received at the position that *produced* its token, one layer of `sizes` neurons after another
+    `[neurons]`. stream: float32 `[steps, hidden]`, what the final norm received there. Both are empty if recording was off.
+    image, prompt and prefix: what was asked."""
 
     tokens: Tensor
     ended: bool
     logprobs: Tensor
-    activations: list[Tensor] = field(repr=False)
+    record: list[Tensor] = field(repr=False)
+    sizes: list[int] = field(repr=False)
     stream: Tensor | None = field(repr=False)
     image: Image.Image | None
     prompt: str
@@ -41,6 +42,25 @@ class Trace:
     tokenizer: Any = field(repr=False)
     context: list[int] = field(repr=False)
     lexicon: Lexicon = field(repr=False)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its activations were kept."""
+        return len(self.record) == len(self.tokens)
+
+    @cached_property
+    def activations(self) -> list[Tensor]:
+        """For each layer float32 `[steps, neurons]`, empty if recording was off. Put together when first asked for: 70 MB a caption
+        of a 7B model, of which a ranking reads a step or two (`at`)."""
+        if not self.recorded:
+            return []
+        whole = torch.stack(self.record).float() if self.record else torch.zeros(0, sum(self.sizes))
+        self.record[:] = whole  # its rows now, so that nothing is kept twice
+        return list(whole.split(self.sizes, -1))
+
+    def at(self, steps: Sequence[int]) -> Tensor:
+        """All neurons' activations at some steps, layer after layer: float32 `[steps, neurons of all layers]`."""
+        return torch.stack([self.record[step] for step in steps]).float()
 
     @cached_property
     def text(self) -> str:
@@ -121,13 +141,14 @@ class Trace:
 
 
 class Recorder:
-    """Keeps, while it is on, each FFN's activations and the final norm's input at the last position of every forward pass:
-    `[batch, neurons]` and `[batch, hidden]` a step."""
+    """Keeps, while it is on, all FFNs' activations, layer after layer, and the final norm's input at the last position of every
+    forward pass: `[batch, neurons of all layers]` and `[batch, hidden]` a step, in the model's dtype."""
 
     def __init__(self, anatomy: Anatomy):
         self.anatomy = anatomy
-        self.steps: list[list[Tensor]] = [[] for _ in anatomy.ffns]
+        self.steps: list[Tensor] = []
         self.stream: list[Tensor] = []
+        self._now: dict[int, Tensor] = {}  # of the step that is being computed, by layer
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -135,17 +156,20 @@ class Recorder:
         norm = self.anatomy.final_norm or self.anatomy.unembedding
 
         def handles() -> Iterator[Removable]:
-            for ffn, kept in zip(self.anatomy.ffns, self.steps, strict=True):
-                yield ffn.watch(partial(_keep, kept))
-            yield norm.register_forward_pre_hook(lambda _, args: _keep(self.stream, args[0]))
+            for layer, ffn in enumerate(self.anatomy.ffns):
+                yield ffn.watch(partial(self._see, layer))
+            yield norm.register_forward_pre_hook(lambda _, args: self._end_step(args[0]))
 
         with hooked(handles()):
             yield
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # copies that are still on their way
 
+    def _see(self, layer: int, seen: Tensor) -> None:
+        self._now[layer] = seen[:, -1].detach().clone()  # a view would keep every position
 
-def _keep(kept: list[Tensor], seen: Tensor) -> None:
-    last = seen[:, -1].detach()
-    # A view would keep every position. Off a GPU the copy goes on beside the computing, into memory that the GPU can reach by itself.
-    kept.append(last.clone() if last.is_cpu else last.to("cpu", non_blocking=True))
+    def _end_step(self, stream: Tensor) -> None:
+        # One copy a step and not one a layer, which goes on beside the computing into memory that a GPU reaches by itself.
+        whole = torch.cat([self._now[layer].to(stream.device) for layer in range(len(self.anatomy.ffns))], -1)
+        self.steps.append(whole.to("cpu", non_blocking=True))
+        self.stream.append(stream[:, -1].detach().clone().to("cpu", non_blocking=True))

@@ -287,8 +287,6 @@ class VLM:
         length = inputs["input_ids"].shape[1]
         tokens = out[:, length:].cpu()
         logprobs = torch.stack(probabilities.kept, 1).cpu()
-        # One copy a layer, [batch, steps, neurons]; the traces are views of it.
-        activations = [torch.stack([each.float() for each in steps], 1) for steps in recorder.steps] if record else []
         stream = torch.stack(recorder.stream, 1).float() if record else None
         ends = self.end_tokens
         traces = []
@@ -298,7 +296,7 @@ class VLM:
             said = tokens[row, :steps]
             context = inputs["input_ids"][row, -WINDOW:].tolist()
             trace = Trace(
-                said, bool(stops), logprobs[row, :steps], [layer[row, :steps] for layer in activations],
+                said, bool(stops), logprobs[row, :steps], [step[row] for step in recorder.steps[:steps]], self.anatomy.neurons,
                 stream[row, :steps] if stream is not None else None,
                 images[row], prompts[row], prefixes[row], self.tokenizer, context, self.lexicon,
             )  # fmt: skip

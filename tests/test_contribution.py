@@ -181,6 +181,31 @@ def test_rank_is_the_sorted_scores(score: str) -> None:
         assert list(table.columns) == ["layer", "unit", "score", "activation"] and list(table.index) == list(range(1, 73))
 
 
+def test_rankings_of_several_captions_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = tiny.vlm()
+    traces = vlm.caption(tiny.pictures(5), max_new_tokens=5)
+    for number, trace in enumerate(traces):  # none of one, four of another
+        trace.__dict__["nouns"] = [Noun(f"n{step}", f"n{step}", 5 + number + step, step, (0, 1)) for step in range(number)]
+    monkeypatch.setattr("mmn.contribution.BATCH", 3)  # so that batches end in the middle of a caption
+    together = mmn.rank_all(vlm, traces, k=72)
+    assert list(map(len, together)) == [0, 1, 2, 3, 4]
+    for trace, found in zip(traces, together, strict=True):
+        alone = mmn.rank(vlm, trace, k=72)
+        assert list(found) == list(alone)
+        for lemma, one in found.items():
+            other = alone[lemma]
+            assert one.noun == other.noun and one.score == other.score == "direct"
+            torch.testing.assert_close(torch.tensor(one.scores), torch.tensor(other.scores), rtol=1e-4, atol=1e-6)
+            values = dict(zip(other.neurons, other.activations, strict=True))
+            assert one.activations == [values[neuron] for neuron in one.neurons]
+    assert mmn.rank_all(vlm, []) == []
+    quiet = vlm.caption(tiny.pictures(1), record=False)
+    with pytest.raises(mmn.MmnError, match="record=False"):
+        mmn.rank_all(vlm, quiet)
+    with pytest.raises(mmn.MmnError, match="between 1 and 72"):
+        mmn.rank_all(vlm, traces, k=73)
+
+
 def test_ranking_twice_is_bit_identical() -> None:
     vlm, trace = caption()
     for score in mmn.SCORES:

@@ -273,7 +273,9 @@ def test_refused_on_another_model() -> None:
 def said(text: str) -> Trace:
     words = tiny.tokenizer()
     ids = words(text, add_special_tokens=False).input_ids
-    return Trace(torch.tensor(ids), True, torch.zeros(len(ids)), [], None, None, "", "An image of", words, [], nouns.scene_nouns)
+    return Trace(
+        torch.tensor(ids), True, torch.zeros(len(ids)), [], [], None, None, "", "An image of", words, [], nouns.scene_nouns
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ def spoken(text: str, style: str, lexicon: nouns.Lexicon = tiny.every_word, ids:
     context = words("USER: An image of", add_special_tokens=False).input_ids
     if ids is None:
         ids = words(f"USER: An image of{text}", add_special_tokens=False).input_ids[len(context) :]
-    return Trace(torch.tensor(ids), True, torch.zeros(len(ids)), [], None, None, "", "An image of", words, context[-4:], lexicon)
+    return Trace(
+        torch.tensor(ids), True, torch.zeros(len(ids)), [], [], None, None, "", "An image of", words, context[-4:], lexicon
+    )
 
 
 @settings(max_examples=150, deadline=None)
