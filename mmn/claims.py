@@ -18,7 +18,7 @@ from mmn.errors import MmnError
 from mmn.metrics import Interval
 
 KEY = "mmn_claims"  # of an output's metadata
-VERDICTS = ("holds", "in part", "misses the bar", "not shown", "the reverse")
+VERDICTS = ("holds", "at the bar", "in part", "misses the bar", "not shown", "the reverse")
 CONTRASTS = {"seed": "plain runs of the recipe", "end-to-end": "end to end", "untrained": "untrained"}
 
 
@@ -38,17 +38,16 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """`holds`: the interval lies above the control's and the figure reaches the bar. `in part`: above the control, below the bar.
-        `misses the bar`: the whole interval lies below it, and there is no control. `the reverse`: the interval lies below the control's.
-        `not shown`: anything else."""
-        if self.control is not None and self.found.high < self.control.low:
-            return "the reverse"
-        above = self.control is None or self.found.low > self.control.high
-        if above and (self.bar is None or self.found.value >= self.bar):
+        """By intervals: `the reverse` where it lies below the control's, `not shown` where it meets that. Else `holds` where it lies above
+        the bar or there is none, `at the bar` where the bar is in it; where it lies below the bar, `in part` if there is a control that
+        it beats, `misses the bar` if not."""
+        if self.control is not None and self.found.low <= self.control.high:
+            return "the reverse" if self.found.high < self.control.low else "not shown"
+        if self.bar is None or self.found.low >= self.bar:
             return "holds"
-        if self.control is not None:
-            return "in part" if above else "not shown"
-        return "misses the bar" if self.bar is not None and self.found.high < self.bar else "not shown"
+        if self.found.high >= self.bar:
+            return "at the bar"
+        return "misses the bar" if self.control is None else "in part"
 
 
 def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:

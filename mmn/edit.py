@@ -326,12 +326,12 @@ class Edit:
         said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=True)
         traces = [*said, *kept]
         first = dict(zip(map(id, traces), np.cumsum([0, *(len(trace.tokens) for trace in traces)]).tolist(), strict=False))
-        swaps: dict[
-            tuple[int, int], list[int]
-        ] = {}  # (token, token in its place) to the steps where it changes, counted over all captions
+        # (token, token in its place) to the steps where it changes, counted over all captions
+        swaps: dict[tuple[int, int], list[int]] = {}
         for trace in said:
-            row = Row.of(vlm, trace, replaced(trace, source, target))
-            for step, new in row.swaps:
+            # Article and noun side by side would be one change, whose first tokens are the articles: so the noun alone, too.
+            wordings = {replaced(trace, source, target, fitting) for fitting in (True, False)}
+            for step, new in sorted({swap for text in wordings for swap in Row.of(vlm, trace, text).swaps}):
                 swaps.setdefault((int(trace.tokens[step]), new), []).append(first[id(trace)] + step)
         activations = torch.stack([torch.cat([t.activations[layer][:, unit] for t in traces]) for layer, unit in neurons], -1)
         stream = torch.cat([trace.stream for trace in traces if trace.stream is not None])

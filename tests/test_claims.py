@@ -26,14 +26,18 @@ def interval(value: float) -> Interval:
     [
         (1.0, 0.5, None, "holds"),
         (1.0, 0.5, 0.9, "holds"),
-        (1.0, 0.5, 1.1, "in part"),
+        (1.0, 0.5, 0.95, "at the bar"),  # the interval has the bar in it
+        (1.0, 0.5, 1.05, "at the bar"),
+        (1.0, 0.5, 1.2, "in part"),
         (1.0, 0.9, None, "not shown"),  # the intervals meet
         (0.9, 1.0, None, "not shown"),
         (0.5, 1.0, None, "the reverse"),
         (0.5, 1.0, 0.4, "the reverse"),
         (1.0, 0.9, 0.5, "not shown"),
         (1.0, None, 0.9, "holds"),
-        (1.0, None, 1.05, "not shown"),  # the interval meets the bar
+        (1.0, None, 0.95, "at the bar"),
+        (1.0, None, 1.05, "at the bar"),
+        (-0.1, None, 0.0, "at the bar"),
         (1.0, None, 1.2, "misses the bar"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 import mmn
 from mmn import editors, scenes
+from mmn.edit import located
 from mmn.editors import Judge, Task, Way
 from mmn.lesson import says
 
@@ -198,3 +199,31 @@ def test_a_closed_form_of_silent_rows_is_refused(vlm: mmn.VLM, job: Task) -> Non
     assert len(silent) == 5
     with pytest.raises(mmn.MmnError, match="None of these neurons is active where 'cat' is said"):
         mmn.Edit.closed_form(vlm, job.pictures, "cat", "dog", [mmn.Neuron(7, int(unit)) for unit in silent])
+
+
+@pytest.mark.parametrize(("source", "target"), [("elephant", "guitar"), ("strawberry", "lemon")])
+def test_ways_without_gradients_swap_the_noun_behind_another_article_and_of_other_length(
+    vlm: mmn.VLM, source: str, target: str
+) -> None:
+    """Side by side *an elephant* and *a guitar* differ in one run of tokens, *strawberry* and *lemon* in their number."""
+    job = editors.task(source, target, fit=6, keep=2)
+    traces = [trace for trace in vlm.caption(job.pictures) if says(trace, source)]
+    assert len(traces) >= 4
+    with editors.logit_bias(vlm, job).on():
+        said = [scenes.mentions(trace.text) for trace in vlm.caption([trace.image for trace in traces], record=False)]
+    assert not any(source in some for some in said) and sum(target in some for some in said) >= len(said) - 1
+
+    new = vlm.tokenizer(f" {target}", add_special_tokens=False).input_ids[0]
+
+    def lead(trace: mmn.Trace) -> float:
+        noun = trace.noun(source)
+        logits = vlm.model(**vlm.replay(trace, noun.step)).logits[0, -1]
+        return float(logits[new] - logits[noun.token])
+
+    neurons = located(vlm, traces, source, 40)
+    edit = mmn.Edit.closed_form(vlm, job.pictures, source, target, neurons)
+    with torch.no_grad():
+        before = [lead(trace) for trace in traces]
+        with edit.applied(vlm):
+            after = [lead(trace) for trace in traces]
+    assert sum(after) / len(after) > sum(before) / len(before) + 5
