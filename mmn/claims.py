@@ -20,6 +20,7 @@ from mmn.metrics import Interval
 KEY = "mmn_claims"  # of an output's metadata
 VERDICTS = ("holds", "at the bar", "in part", "misses the bar", "not shown", "the reverse")
 CONTRASTS = {"seed": "plain runs of the recipe", "end-to-end": "end to end", "untrained": "untrained"}
+SHIPPED = "shipped"  # the label of the shipped model's figure on the pictures of the plain runs
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class Claim:
 
 
 def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:
-    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...), but for
-    those of which it is nan: models that do not say what would be counted."""
-    others = [label for label in tables.labels(name, folder) if label]
-    found = {label: float(statistic(tables.read(name, label=label, folder=folder))) for label in others}
+    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...), and under
+    SHIPPED that of the shipped model on the keys that the plain runs' tables hold; none of which it is nan: models that do not say what
+    would be counted."""
+    every = {label: tables.read(name, label=label, folder=folder) for label in tables.labels(name, folder)}
+    plain = [set(frame["key"]) for label, frame in every.items() if label.startswith("seed")]
+    if plain and "" in every:
+        every[SHIPPED] = every[""][every[""]["key"].isin(set.intersection(*plain))]
+    found = {label: float(statistic(frame)) for label, frame in every.items() if label}
     return {label: value for label, value in found.items() if not np.isnan(value)}
 
 
@@ -72,6 +77,8 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
         }
         for start, title in CONTRASTS.items():
             line[title] = _spread([value for label, value in row.contrasts.items() if label.startswith(start)])
+        if SHIPPED in row.contrasts:
+            line[CONTRASTS["seed"]] += f"; shipped there {row.contrasts[SHIPPED]:.2f}"
         out.append(line)
     return pd.DataFrame(out)
 
@@ -84,6 +91,7 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
         line = {"claim": row.claim, "source": row.source, "measure": row.measure, **row.found._asdict()}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
         line |= {"bar": none.value if row.bar is None else row.bar, "verdict": row.verdict}
+        line[SHIPPED] = row.contrasts.get(SHIPPED, none.value)
         for start in CONTRASTS:
             some = [value for label, value in row.contrasts.items() if label.startswith(start)]
             spread = (float(np.mean(some)), min(some), max(some)) if some else (none.value,) * 3

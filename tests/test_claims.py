@@ -48,19 +48,20 @@ def test_the_verdict_follows_from_the_figures(found, control, bar, verdict):
 
 
 def test_other_models_stand_in_columns_of_their_own():
-    others = {"seed-1": 0.5, "seed-2": 0.75, "end-to-end": 0.25}
+    others = {"seed-1": 0.5, "seed-2": 0.75, "end-to-end": 0.25, "shipped": 0.4}
     (row,) = claims.frame([Claim("c", "m", interval(1), contrasts=others)]).to_dict("records")
-    assert row["plain runs of the recipe"] == "0.62 (0.50 to 0.75)"
+    assert row["plain runs of the recipe"] == "0.62 (0.50 to 0.75); shipped there 0.40"
     assert row["end to end"] == "0.25" and row["untrained"] == "open"
 
 
 def test_contrasts_are_read_from_the_stored_tables(tmp_path: Path):
-    for label, value in (("", 9.0), ("seed-1", 1.0), ("untrained", 2.0)):
+    for label, value in (("", 9.0), ("seed-1", 1.0), ("seed-2", 2.0), ("untrained", 2.0)):
         stem = f"causal.{label}" if label else "causal"
-        pd.DataFrame({"drop": [value, value + 1]}).to_csv(tmp_path / f"{stem}.csv")
+        keys = {"seed-1": [0, 1], "seed-2": [1, 3]}.get(label, [1, 2])  # the plain runs share key 1 alone
+        pd.DataFrame({"key": keys, "drop": [value, value + 1]}).to_csv(tmp_path / f"{stem}.csv")
         (tmp_path / f"{stem}.json").write_text(json.dumps({"label": label, "model_hash": label}))
     found = claims.contrasts("causal", lambda frame: frame["drop"].mean(), folder=tmp_path)
-    assert found == {"seed-1": 1.5, "untrained": 2.5}
+    assert found == {"seed-1": 1.5, "seed-2": 2.5, "untrained": 2.5, "shipped": 9.0}
 
 
 def chapter(folder: Path, name: str, rows: list[Claim], model_hash: str = "abc") -> None:
