@@ -38,6 +38,7 @@ from mmn.scenes import CONCEPTS, Placed, Scene, free_box, recompose, sprites
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, VLM
 
+NEAREST = 8  # neurons among which `as_wide` draws
 KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of neurons at which overlaps and effects are drawn
 
 # ------------------------------------------------------------------------------------------------------------------- cases
@@ -122,7 +123,7 @@ def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: 
     context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -4:].tolist()
     ids = torch.tensor(tokens)
     around = image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon
-    empty = Trace(ids, False, torch.zeros(len(ids)), [], vlm.anatomy.neurons, None, *around)
+    empty = Trace(ids, False, torch.zeros(len(ids)), None, vlm.anatomy.neurons, None, *around)
     return reread(vlm, empty, record=True).trace(0)
 
 
@@ -143,7 +144,7 @@ class Reading:
 
     def trace(self, row: int) -> Trace:
         """One row as a Trace."""
-        record = list(torch.cat([layer[row] for layer in self.activations], -1)) if self.activations else []
+        record = list(torch.cat([layer[row] for layer in self.activations], -1)) if self.activations else None
         return replace(self.of, logprobs=self.logp[row], record=record, image=self.images[row])
 
 
@@ -406,15 +407,40 @@ def located(heat: np.ndarray, mask: np.ndarray) -> Located:
     )
 
 
-def localisation(vlm: VLM, case: Case, k: int = 10, draws: int = 20, seed: int = 0) -> dict[str, Any]:
-    """One case's heatmap of the top k neurons against the object's mask, beside the mean over same-layer random draws.
+def as_wide(vlm: VLM, trace: Trace, neurons: Sequence[Neuron], draws: int = 20, seed: int = 0) -> list[list[Neuron]]:
+    """The stricter control for heatmaps, since most of `mmn.same_layer_random` are silent: each neuron is replaced by one of its layer
+    that fires on about as many patches of the trace's picture (drawn among the NEAREST), never by one of the given, none twice [ours].
+
+    Raises MmnError as `mmn.heatmap` does, and if a layer has too few others that fire."""
+    layers = sorted({neuron.layer for neuron in neurons})
+    every = [Neuron(layer, unit) for layer in layers for unit in range(vlm.anatomy.neurons[layer])]
+    wide = dict(zip(every, (mmn.heatmap(vlm, trace, every).grid != 0).flatten(1).sum(1).tolist(), strict=True))
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        taken: list[Neuron] = []
+        for neuron in neurons:
+            others = [
+                each for each in every if each.layer == neuron.layer and wide[each] and each not in neurons and each not in taken
+            ]
+            if not others:
+                raise MmnError(f"Too few other neurons of layer {neuron.layer} fire on this picture to draw {len(neurons)} from.")
+            near = sorted(others, key=lambda each: abs(wide[each] - wide[neuron]))[:NEAREST]
+            taken.append(near[rng.integers(len(near))])
+        drawn.append(taken)
+    return drawn
+
+
+def localisation(vlm: VLM, case: Case, k: int = 10, draws: int = 20, seed: int = 0, wide: bool = False) -> dict[str, Any]:
+    """One case's heatmap of the top k neurons against the object's mask, beside the mean over random draws: of `mmn.same_layer_random`,
+    or of `as_wide` if `wide`.
 
     Keys: picture, noun, iou, iou_random, pointing, pointing_random, auprc, auprc_random, share (of the picture that the object covers,
     the chance level of auprc and pointing), objects, style. Raises MmnError for a case without a scene."""
     if case.scene is None:
         raise MmnError("Where the object is is known of drawn scenes alone: give cases of scenes.")
     top = case.top(k)
-    random = mmn.same_layer_random(vlm, top, draws=draws, seed=seed)
+    random = as_wide(vlm, case.trace, top, draws, seed) if wide else mmn.same_layer_random(vlm, top, draws=draws, seed=seed)
     heat = mmn.heatmap(vlm, case.trace, [*top, *(neuron for draw in random for neuron in draw)])
     maps = replace(heat, grid=heat.grid.unflatten(0, (draws + 1, k)).mean(1)).on_image(per_neuron=True)
     mask = case.scene.mask(case.lemma)

@@ -481,3 +481,20 @@ def test_a_text_encoder_reads_words_in_context(tmp_path):
     assert properties.text_score(encoder.words(["a", "cat"]), encoder.words(["a", "cat"])) == pytest.approx(1)
     with pytest.raises(MmnError, match="no text encoder"):
         properties.BertEncoder(str(tmp_path / "nowhere"))
+
+
+def test_the_strict_control_of_heatmaps_fires_as_widely(speaker) -> None:
+    """On as many image tokens of the same picture, counted here neuron by neuron."""
+    (case, *_) = properties.cases(speaker, [scenes.draw(3)], force=True)
+    top = case.top(5)
+    draws = properties.as_wide(speaker, case.trace, top, draws=3)
+
+    def fires(neuron: mmn.Neuron) -> int:
+        return int((mmn.heatmap(speaker, case.trace, [neuron]).grid != 0).sum())
+
+    for draw in draws:
+        assert [n.layer for n in draw] == [n.layer for n in top] and not set(draw) & set(top) and len(set(draw)) == 5
+        assert all(abs(fires(one) - fires(other)) <= 2 for one, other in zip(draw, top, strict=True))
+    assert draws == properties.as_wide(speaker, case.trace, top, draws=3) and draws[0] != draws[1]
+    rows = [properties.localisation(speaker, case, 5, draws=3, wide=wide) for wide in (False, True)]
+    assert rows[0]["iou"] == rows[1]["iou"] and rows[0]["iou_random"] != rows[1]["iou_random"]
