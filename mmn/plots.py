@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import html
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +20,9 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from mmn.errors import MmnError
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
 HEAT = "magma"  # even steps of lightness: reads in grey, too
@@ -134,17 +139,13 @@ def scores_by_layer(scores: Sequence[ArrayLike], found: Sequence[tuple[int, int]
 
 def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple[str, str] = ("before", "after")) -> Axes:
     """Write two captions one under the other; words that only one of them has are bold, coloured and underlined."""
-    old, new = before.split(), after.split()
-    kept = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_matching_blocks()
-    same = ({i for m in kept for i in range(m.a, m.a + m.size)}, {i for m in kept for i in range(m.b, m.b + m.size)})
     ax = _axes(ax, 7.5, 1.1)
     ax.set_axis_off()
-    for row, (name, words, shared, colour) in enumerate(zip(names, (old, new), same, (BLUE, VERMILION), strict=True)):
+    for row, (name, words, colour) in enumerate(zip(names, _compared(before, after), (BLUE, VERMILION), strict=True)):
         foot = (0.0, 0.7 - 0.5 * row)
         ax.annotate(label(name), foot, xycoords="axes fraction", color=GREY, va="bottom")
         text = ax.annotate("", foot, xycoords="axes fraction", xytext=(48, 0), textcoords="offset points", va="bottom")
-        for i, word in enumerate(words):
-            changed = i not in shared
+        for word, changed in words:
             text = ax.annotate(
                 label(word), (1, 0), xycoords=text, xytext=(5, 0), textcoords="offset points",
                 va="bottom", color=colour if changed else "black", weight="bold" if changed else "normal",
@@ -153,6 +154,25 @@ def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple
                 line = {"arrowstyle": "-", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
                 ax.annotate("", (0, -0.05), (1, -0.05), xycoords=text, textcoords=text, arrowprops=line)
     return ax
+
+
+def caption_text(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> HTML:
+    """The same as text, which is as large as the page's own, however narrow that is: changed words are bold and underlined."""
+    from IPython.display import HTML  # not among what the package itself needs
+
+    lines = []
+    for name, words in zip(names, _compared(before, after), strict=True):
+        said = " ".join(f"<b><u>{html.escape(word)}</u></b>" if changed else html.escape(word) for word, changed in words)
+        lines.append(f"<div>{html.escape(name)}: {said}</div>")
+    return HTML("\n".join(lines))
+
+
+def _compared(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """The words of two captions, each with whether the other lacks it."""
+    old, new = before.split(), after.split()
+    kept = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_matching_blocks()
+    one, other = {i for m in kept for i in range(m.a, m.a + m.size)}, {i for m in kept for i in range(m.b, m.b + m.size)}
+    return [(word, i not in one) for i, word in enumerate(old)], [(word, i not in other) for i, word in enumerate(new)]
 
 
 def zeroing(

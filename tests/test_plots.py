@@ -61,6 +61,8 @@ def test_only_changed_words_are_marked() -> None:
     words = [text for text in ax.texts if isinstance(text, Annotation)]
     assert [text.get_text() for text in words if text.get_weight() == "bold"] == ["cat", "lion"]
     assert [text.get_text() for text in words].count("beach") == 2
+    lines = plots.caption_text("a cat <on> it", "a lion <on> it", ("was", "is")).data.splitlines()
+    assert lines[0] == "<div>was: a <b><u>cat</u></b> &lt;on&gt; it</div>" and lines[1].startswith("<div>is: a <b><u>lion<")
 
 
 def test_bars_show_the_effect_and_dots_the_draws() -> None:
