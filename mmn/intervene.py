@@ -145,27 +145,36 @@ def shuffle_image_tokens(vlm: VLM, permutation: Tensor | None = None, *, seed: i
     """With the picture's tokens permuted at the language model's input: position p reads what stood at `permutation[p]`.
 
     Without a permutation one is drawn from `seed` at the first picture, for its number of tokens. Gives a handle whose
-    `.permutation` is the one in use."""
+    `.permutation` is the one in use. Raises MmnError at its end if pictures were read and none had two tokens to move."""
     state = Shuffle(permutation, seed)
     where: list[Tensor] = []
+    read = moves = False
 
     def find(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal read
+        read = read or any(kwargs.get(name) is not None for name in ("pixel_values", "flattened_patches"))
         ids = kwargs.get("input_ids", args[0] if args else None)
         where[:] = [vlm.anatomy.image_positions(ids)] if ids is not None else []
 
     def move(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        nonlocal moves
         embedded = kwargs.get("inputs_embeds")
         if not where or embedded is None or embedded.shape[:2] != where[0].shape or not where[0].any():
             return None
         moved = embedded.clone()
         for row, mask in enumerate(where[0].to(embedded.device)):
             if mask.any():
+                moves = moves or int(mask.sum()) > 1
                 moved[row, mask] = embedded[row, mask][state.of(int(mask.sum())).to(embedded.device)]
         return args, {**kwargs, "inputs_embeds": moved}
 
     places = (vlm.model, find), (vlm.anatomy.decoder, move)
     with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places):
         yield state
+    if read and not moves:
+        raise MmnError(
+            "The picture has no tokens to shuffle in this model's prompt, as where words see it by cross-attention: take another model."
+        )
 
 
 def same_layer_random(vlm: VLM, neurons: Sequence[Neuron], draws: int = 20, seed: int = 0) -> list[list[Neuron]]:

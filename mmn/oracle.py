@@ -51,8 +51,6 @@ class Moment:
 
     def __init__(self, vlm: VLM, trace: Trace, noun: str | Noun):
         chosen = trace.noun(noun)
-        if not trace.recorded:
-            raise MmnError("This caption was made with record=False: caption again with recording on.")
         self.vlm, self.token = vlm, chosen.token
         self.layers = vlm.anatomy.neurons
         self.activations = list(trace.at([chosen.step])[0].split(self.layers))

@@ -27,13 +27,13 @@ class Trace:
     tokens: generated ids, int64 `[steps]`, without the end mark; ended: whether the model set
     one. logprobs: natural log of each token's probability `[steps]`. record: for each step, in the model's dtype, what the FFNs'
     output projections received at the position that *produced* its token, one layer of `sizes` neurons after another
-    `[neurons]`. stream: float32 `[steps, hidden]`, what the final norm received there. Both are empty if recording was off.
+    `[neurons]`. stream: float32 `[steps, hidden]`, what the final norm received there. Both are None if recording was off.
     image, prompt and prefix: what was asked."""
 
     tokens: Tensor
     ended: bool
     logprobs: Tensor
-    record: list[Tensor] = field(repr=False)
+    record: list[Tensor] | None = field(repr=False)
     sizes: list[int] = field(repr=False)
     stream: Tensor | None = field(repr=False)
     image: Image.Image | None
@@ -46,20 +46,23 @@ class Trace:
     @property
     def recorded(self) -> bool:
         """Whether its activations were kept."""
-        return len(self.record) == len(self.tokens)
+        return self.record is not None
 
     @cached_property
     def activations(self) -> list[Tensor]:
         """For each layer float32 `[steps, neurons]`, empty if recording was off. Put together when first asked for: 70 MB a caption
         of a 7B model, of which a ranking reads a step or two (`at`)."""
-        if not self.recorded:
+        if self.record is None:
             return []
         whole = torch.stack(self.record).float() if self.record else torch.zeros(0, sum(self.sizes))
         self.record[:] = whole  # its rows now, so that nothing is kept twice
         return list(whole.split(self.sizes, -1))
 
     def at(self, steps: Sequence[int]) -> Tensor:
-        """All neurons' activations at some steps, layer after layer: float32 `[steps, neurons of all layers]`."""
+        """All neurons' activations at some steps, layer after layer: float32 `[steps, neurons of all layers]`. Raises MmnError if
+        recording was off."""
+        if self.record is None:
+            raise MmnError("This caption was made with record=False: caption again with recording on.")
         return torch.stack([self.record[step] for step in steps]).float()
 
     @cached_property
@@ -142,7 +145,8 @@ class Trace:
 
 class Recorder:
     """Keeps, while it is on, all FFNs' activations, layer after layer, and the final norm's input at the last position of every
-    forward pass: `[batch, neurons of all layers]` and `[batch, hidden]` a step, in the model's dtype."""
+    forward pass: `[batch, neurons of all layers]` and `[batch, hidden]` a step, in the model's dtype. A layer that a pass leaves out,
+    as Mllama does those that read the picture where there is none, writes nothing: its activations are 0."""
 
     def __init__(self, anatomy: Anatomy):
         self.anatomy = anatomy
@@ -170,6 +174,7 @@ class Recorder:
 
     def _end_step(self, stream: Tensor) -> None:
         # One copy a step and not one a layer, which goes on beside the computing into memory that a GPU reaches by itself.
-        whole = torch.cat([self._now[layer].to(stream.device) for layer in range(len(self.anatomy.ffns))], -1)
+        silent = (stream.new_zeros(len(stream), count) for count in self.anatomy.neurons)
+        whole = torch.cat([self._now.pop(layer, none).to(stream.device) for layer, none in enumerate(silent)], -1)
         self.steps.append(whole.to("cpu", non_blocking=True))
         self.stream.append(stream[:, -1].detach().clone().to("cpu", non_blocking=True))

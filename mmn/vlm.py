@@ -296,7 +296,8 @@ class VLM:
             said = tokens[row, :steps]
             context = inputs["input_ids"][row, -WINDOW:].tolist()
             trace = Trace(
-                said, bool(stops), logprobs[row, :steps], [step[row] for step in recorder.steps[:steps]], self.anatomy.neurons,
+                said, bool(stops), logprobs[row, :steps],
+                [step[row] for step in recorder.steps[:steps]] if record else None, self.anatomy.neurons,
                 stream[row, :steps] if stream is not None else None,
                 images[row], prompts[row], prefixes[row], self.tokenizer, context, self.lexicon,
             )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import real
 import tiny
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmn
-from mmn import Neuron
+from mmn import Neuron, properties
+from mmn.nouns import Noun
 
 NEURONS = st.lists(st.builds(Neuron, st.integers(0, 2), st.integers(0, 23)), min_size=1, max_size=12, unique=True)
 
@@ -182,6 +184,18 @@ def test_shuffling_refuses() -> None:
             pass
     with pytest.raises(mmn.MmnError, match="has 3 entries and the picture 16"), mmn.shuffle_image_tokens(vlm, torch.arange(3)):
         logits(vlm)
+
+
+@pytest.mark.parametrize("family", ["mllama", "idefics"])
+def test_shuffling_refuses_pictures_without_tokens(family: str) -> None:
+    """Words see them by cross-attention: the logits would stay as they are, and every neuron would look invariant."""
+    vlm = real.vlm(family)
+    trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=2)
+    case = properties.Case(0, trace, Noun("x", "x", 9, 1, (0, 1)), torch.zeros(0), ())
+    with pytest.raises(mmn.MmnError, match="no tokens to shuffle"):
+        properties.shuffled(vlm, case)
+    with mmn.shuffle_image_tokens(vlm):
+        """Nothing is read."""
 
 
 @settings(max_examples=30, deadline=None)

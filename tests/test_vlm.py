@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mplug_owl2
 import pytest
+import real
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -211,10 +212,32 @@ def test_recording_leaves_nothing_behind() -> None:
     before = hooks(vlm)  # transformers leaves some of its own at the first use
     loud = vlm.caption(image)
     assert quiet.text == loud.text and quiet.activations == [] and quiet.stream is None
+    with pytest.raises(mmn.MmnError, match="record=False"):
+        quiet.at([0])
     assert hooks(vlm) == before
     kept = sum(each.numel() for each in loud.activations)
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in (*loud.activations, *loud.record)}
     assert sum(storages.values()) == kept * 4, "no more is kept than what was asked"
+
+
+def test_layers_that_words_alone_do_not_run_are_silent() -> None:
+    """Mllama leaves out its layers of cross-attention where there is no picture, at every step or none."""
+    vlm = real.vlm("mllama")
+    pictured, trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=3), vlm.caption(None, max_new_tokens=3)
+    seen: dict[int, torch.Tensor] = {}
+    handles = [
+        ffn.projection.register_forward_pre_hook(lambda _, args, layer=layer: seen.update({layer: args[0][0]}))
+        for layer, ffn in enumerate(vlm.anatomy.ffns)
+    ]
+    vlm.model(**vlm.replay(trace, len(trace.tokens) - 1))
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(trace.activations) - 1
+    for layer, activations in enumerate(trace.activations):
+        if layer in seen:
+            torch.testing.assert_close(activations, seen[layer][-len(activations) :], rtol=1e-4, atol=1e-5)
+        else:
+            assert not activations.any() and pictured.activations[layer].any()
 
 
 def test_ends_at_the_end_mark() -> None:
@@ -237,6 +260,8 @@ def test_ends_at_once() -> None:
     trace = mmn.VLM(model, processor).caption(tiny.pictures(1)[0])
     assert trace.ended and trace.text == mmn.PREFIX and trace.nouns == [] and trace.tokens.shape == (0,)
     assert mmn.rank(mmn.VLM(model, processor), trace, k=1) == {}
+    assert trace.recorded and [each.shape for each in trace.activations] == [(0, 24)] * 3
+    assert not mmn.VLM(model, processor).caption(tiny.pictures(1)[0], record=False).recorded
 
 
 def test_text_without_a_picture() -> None:
