@@ -67,6 +67,11 @@ def test_page(browser: webdriver.Chrome, site: str, page: str) -> None:
     errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE" and e["source"] != "console-api"]
     errors = [e for e in errors if "favicon" not in e["message"]]
     assert not errors, "script errors, or something that is asked for and not there"
+    raw = browser.execute_script(
+        "return [...document.querySelectorAll('main p, main li, main td')].map(e => e.textContent)"
+        ".filter(t => /^\\s*\\|.*\\|/.test(t) || /\\{(doc|term|cite|ref)\\}/.test(t))"
+    )
+    assert not raw, f"Markdown that was not rendered: {raw[:2]}"
     images = browser.execute_script(
         "return [...document.images].map(i => { i.loading = 'eager'; return [i.src, i.alt, i.complete && i.naturalWidth > 0]; })"
     )
