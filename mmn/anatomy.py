@@ -22,7 +22,8 @@ class Anatomy:
     decoder: the module that runs the layers. layers, ffns: the decoder's layers and their FFNs. final_norm: what stands between
     the last layer and the unembedding. unembedding: the linear map to the vocabulary, weight `[vocabulary, hidden]`.
     image_token: the id that marks the positions of the picture in the prompt. stands_for: how many positions of the stream each
-    mark stands for, where the model itself puts them in its place."""
+    mark stands for, where the model itself puts them in its place. scale: what the unembedding's products are multiplied with to be the
+    logits (taken for 1 where the model reads no words alone), None where they are bent, as by a soft cap."""
 
     decoder: nn.Module
     layers: list[nn.Module]
@@ -31,6 +32,7 @@ class Anatomy:
     unembedding: nn.Linear
     image_token: int | None
     stands_for: int = 1
+    scale: float | None = 1.0
 
     @property
     def neurons(self) -> list[int]:
@@ -122,7 +124,9 @@ def find(model: Any) -> Anatomy:
     stack, ffns = _ffns(probe, hidden)
     names = ("image_token_id", "image_token_index", "video_token_index")  # the last where pictures are read as short films
     token = next((token for name in names if (token := getattr(model.config, name, None)) is not None), None)
-    return Anatomy(probe.decoder, list(stack), ffns, probe.final_norm(stack, hidden), unembedding, token)
+    return Anatomy(
+        probe.decoder, list(stack), ffns, probe.final_norm(stack, hidden), unembedding, token, scale=probe.scale(unembedding)
+    )
 
 
 class _Probe:
@@ -136,6 +140,7 @@ class _Probe:
         self.outputs: dict[nn.Module, Tensor] = {}
         self.calls: dict[nn.Module, tuple[tuple[Any, ...], Tensor]] = {}  # of modules that may be routed experts
         self.order: list[nn.Module] = []
+        self.logits: Tensor | None = None
         self.decoder = _decoder(model)
         handles = []
         elements = {element for stack in self.stacks for element in stack}
@@ -195,7 +200,7 @@ class _Probe:
                 kept.clear()
             try:
                 with torch.enable_grad():
-                    module(**given, use_cache=False)
+                    self.logits = getattr(module(**given, use_cache=False), "logits", None)
                 return
             except Exception as error:  # what it wants beside words is its own affair
                 reasons.append(f"{type(module).__name__}: {str(error).strip().splitlines()[:1]}")
@@ -224,6 +229,18 @@ class _Probe:
             return False
         total = torch.stack([row.float() for row in rows]).sum(0)
         return bool(total[2] > 0) and not bool(total[[0, 1, 3, 4]].any())
+
+    @torch.no_grad()
+    def scale(self, unembedding: nn.Module) -> float | None:
+        """What the unembedding's products are multiplied with to be the logits: 1 where that was not seen, None where they are bent."""
+        if self.logits is None or unembedding not in self.leaves:
+            return 1.0
+        raw = self.leaves[unembedding].float()
+        given = self.logits.to(raw)
+        factor = float((given * raw).sum() / raw.square().sum())
+        if (given - factor * raw).abs().max() > 1e-2 * given.abs().max():
+            return None
+        return 1.0 if abs(factor - 1) < 1e-3 else factor
 
     def final_norm(self, stack: nn.ModuleList, hidden: int) -> nn.Module | None:
         """The last norm that ran behind the last layer, None where there is none."""

@@ -48,8 +48,7 @@ class Calibration:
         paths = [torch.zeros(vlm.hidden, vlm.hidden) for _ in vlm.anatomy.ffns]
         for trace, noun in found:
             moment = Moment(vlm, trace, noun)
-            assert trace.stream is not None
-            small = STEP * float(trace.stream[noun.step].norm())
+            small = STEP * float(trace.stream_at([noun.step]).norm())
             for layer, path in enumerate(paths):
                 for axes in torch.arange(vlm.hidden).split(BATCH):
                     path[axes] += _moved(vlm, moment, layer, axes, small) / len(found)

@@ -85,9 +85,8 @@ def centred(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
 def norm_aware(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """The direct score through the final norm, its scale frozen as it was at the step: `u_t` becomes `gain * u_t / rms`
     [ours]."""
-    assert trace.stream is not None
     words = vlm.anatomy.words([noun.token for noun in nouns])
-    return _projected(vlm, _at(trace, nouns), through_norm(vlm, words, trace.stream[[noun.step for noun in nouns]]))
+    return _projected(vlm, _at(trace, nouns), through_norm(vlm, words, trace.stream_at([noun.step for noun in nouns])))
 
 
 def log_probability(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
@@ -99,21 +98,40 @@ def log_probability(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tenso
 @torch.no_grad()
 def towards_log_p(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> Tensor:
     """The direction in the final norm's input that raises `log p(t)` most, its scale frozen: `u_t - sum_v p(v) u_v` through the norm,
-    float32 `[nouns, hidden]`; the gradient of log p in closed form but for the norm's scale."""
+    float32 `[nouns, hidden]`; the gradient of log p in closed form but for the norm's scale. Raises MmnError where the stream was not
+    recorded or the model bends its logits."""
     stream, logits = _moments(vlm, trace, nouns)
-    weight = matrix(vlm.anatomy.unembedding)
     words = vlm.anatomy.words([noun.token for noun in nouns])
-    return through_norm(vlm, words - (logits.softmax(-1).to(weight) @ weight).float().to(words.device), stream)
+    own = torch.tensor([[noun.token] for noun in nouns], device=logits.device)
+    rest, mean = _others(vlm, logits.softmax(-1), own)
+    return through_norm(vlm, rest.to(words.device) * (words - mean.to(words.device)), stream)
+
+
+def _others(vlm: VLM, p: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability of all words but some `own` `[nouns, n]`, `[nouns, 1]`, and the mean of those words' rows by probability,
+    `[nouns, hidden]`: the words left out are left out before the product, whose rounding in half precision may exceed all the rest."""
+    weight = matrix(vlm.anatomy.unembedding)
+    others = p.scatter(-1, own, 0)
+    rest = others.sum(-1, keepdim=True).clamp(min=1e-30)
+    return rest, ((others / rest).to(weight) @ weight).float()
 
 
 def _moments(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> tuple[Tensor, Tensor]:
     """At each noun's step the final norm's input and the logits, float32 `[nouns, hidden]` and `[nouns, vocabulary]`."""
-    if trace.stream is None:
-        raise MmnError("This score needs the residual stream, which this trace does not hold: make it with `vlm.caption`.")
+    stream = trace.stream_at([noun.step for noun in nouns]).to(vlm.anatomy.device)
+    return stream, read_out(vlm, stream)
+
+
+@torch.no_grad()
+def read_out(vlm: VLM, stream: Tensor) -> Tensor:
+    """The final norm and the unembedding applied to vectors of the stream `[n, hidden]`: logits, float32 `[n, vocabulary]`, where the
+    unembedding is. Raises MmnError for a model that bends its logits."""
+    if vlm.anatomy.scale is None:
+        raise MmnError(
+            "This model bends its logits, as by a soft cap, so they are not read off the stream: take a score that runs the model."
+        )
     weight = matrix(vlm.anatomy.unembedding)
-    stream = trace.stream[[noun.step for noun in nouns]].to(weight.device)
-    normed = stream if vlm.anatomy.final_norm is None else _norm(vlm, stream)
-    return stream, vlm.anatomy.unembedding(normed.to(weight.dtype)).float()
+    return vlm.anatomy.unembedding(normed(vlm, stream).to(weight.device, weight.dtype)).float() * vlm.anatomy.scale
 
 
 def readout(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
@@ -136,17 +154,14 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
     follows from `|s|^2 - 2 s.d + |d|^2`. The RIVALS likeliest words are followed one by one and all others as one of their mean (by
     probability), which keeps the cost at one product with so many directions a layer. The norm's epsilon is left out."""
     stream, logits = _moments(vlm, trace, nouns)
-    weight, count = matrix(vlm.anatomy.unembedding), len(nouns)
+    count = len(nouns)
     p, first = logits.softmax(-1), logits.clone()
     first[range(count), [noun.token for noun in nouns]] = float("inf")  # the noun itself comes first
     followed = first.topk(min(RIVALS + 1, p.shape[-1] - 1)).indices
     own = p.gather(-1, followed)
-    rest = (1 - own.sum(-1, keepdim=True)).clamp(min=1e-9)
+    rest, mean = _others(vlm, p, followed)
     words = vlm.anatomy.words(followed.flatten()).unflatten(0, followed.shape)
-    mean = ((p.to(weight) @ weight).float().to(words.device) - (own.to(words.device)[..., None] * words).sum(1)) / rest.to(
-        words.device
-    )
-    vectors = torch.cat([words, mean[:, None]], 1)
+    vectors = torch.cat([words, mean.to(words.device)[:, None]], 1)
     size = vectors.shape[1]
     directions = through_norm(vlm, vectors.flatten(0, 1), stream.repeat_interleave(size, 0)).unflatten(0, (count, size))
     mass = torch.cat([own, rest], -1).double().log().cpu()[..., None]
@@ -177,21 +192,26 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
 
 def through_norm(vlm: VLM, directions: Tensor, stream: Tensor) -> Tensor:
     """Directions of the unembedding's input `[n, hidden]` as directions of the final norm's input, its scale frozen as it is at
-    `stream` `[n, hidden]`: adding x to the stream moves the logits by `x . direction`, to first order but for the scale's own change."""
+    `stream` `[n, hidden]`: adding x to the stream moves the logits by `x . direction`, to first order but for the scale's own change.
+    Where the model bends its logits: the logits before that."""
+    directions = directions * (vlm.anatomy.scale or 1.0)
     if vlm.anatomy.final_norm is None:
         return directions
     stream = stream.to(directions.device)
     gain, centre = _norm_gain(vlm)
     scaled = gain * (stream - stream.mean(-1, keepdim=True) if centre else stream)
-    normed = _norm(vlm, stream) - _norm(vlm, torch.zeros_like(stream))
-    directions = directions * gain * (normed.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True))
+    out = normed(vlm, stream) - normed(vlm, torch.zeros_like(stream))
+    directions = directions * gain * (out.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True))
     return directions - directions.mean(-1, keepdim=True) if centre else directions
 
 
 @torch.no_grad()
-def _norm(vlm: VLM, vectors: Tensor) -> Tensor:
+def normed(vlm: VLM, vectors: Tensor) -> Tensor:
+    """Vectors of the stream through the final norm, where it is and in its dtype, as they are where there is none: float32 on the
+    vectors' own device."""
     norm = vlm.anatomy.final_norm
-    assert norm is not None
+    if norm is None:
+        return vectors
     like = next(norm.parameters())
     return norm(vectors.to(device(norm), like.dtype)).float().to(vectors.device)
 
@@ -202,9 +222,9 @@ def _norm_gain(vlm: VLM) -> tuple[Tensor, bool]:
     probe = torch.ones(1, vlm.hidden, device=vlm.anatomy.device)
     probe[:, ::2] = -1
     probe[:, -1] *= 3  # so that its mean is not zero
-    bias = _norm(vlm, torch.zeros_like(probe))
-    out = _norm(vlm, probe) - bias
-    centre = torch.allclose(_norm(vlm, probe + 5) - bias, out, rtol=1e-2, atol=1e-3)
+    bias = normed(vlm, torch.zeros_like(probe))
+    out = normed(vlm, probe) - bias
+    centre = torch.allclose(normed(vlm, probe + 5) - bias, out, rtol=1e-2, atol=1e-3)
     return (out / (probe - probe.mean() if centre else probe))[0], centre
 
 
@@ -292,13 +312,14 @@ def _activations_and_gradients(vlm: VLM, trace: Trace, noun: Noun) -> tuple[list
     seen: list[Tensor] = []
 
     def watch(activations: Tensor) -> Tensor:
-        seen.append(activations.detach().requires_grad_() if not seen else activations)
+        # A layer of no neurons goes on with what it was given, so that any may be the first to need a leaf.
+        seen.append(activations if activations.requires_grad else activations.detach().requires_grad_())
         return seen[-1]
 
     with torch.enable_grad(), hooked(ffn.watch(watch) for ffn in vlm.anatomy.ffns):
         logit = vlm.model(**inputs, use_cache=False).logits[0, -1, noun.token].float()
-    gradients = torch.autograd.grad(logit, seen)
-    return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], vlm.image_positions(inputs)
+    gradients = torch.autograd.grad(logit, seen, materialize_grads=True, allow_unused=True)
+    return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], vlm.image_positions(inputs).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------------- ranking

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mmn import contribution
 from mmn.contribution import through_norm
 from mmn.ffn import FFN
 from mmn.hooks import Removable, hooked
@@ -76,13 +77,10 @@ def decompose(vlm: VLM, trace: Trace, noun: str | Noun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "layer", "logit"])
 
 
-@torch.no_grad()
 def read_out(vlm: VLM, stream: Tensor) -> Tensor:
-    """The final norm and the unembedding applied to vectors of the stream `[n, hidden]`: logits, float32 `[n, vocabulary]`."""
-    norm, unembedding = vlm.anatomy.final_norm, vlm.anatomy.unembedding
-    weight = next(unembedding.parameters())
-    given = stream.to(vlm.device, weight.dtype)
-    return unembedding(given if norm is None else norm(given)).float().cpu()
+    """The final norm and the unembedding applied to vectors of the stream `[n, hidden]`: logits, float32 `[n, vocabulary]`. Raises
+    MmnError for a model that bends its logits."""
+    return contribution.read_out(vlm, stream).cpu()
 
 
 def lens(vlm: VLM, trace: Trace, step: int, positions: Tensor | None = None, tokens: Sequence[int] | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmn.bars import tqdm
-from mmn.contribution import contributions, through_norm
+from mmn.contribution import contributions, normed, through_norm
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import uninterrupted
@@ -342,9 +342,8 @@ class Edit:
             direction = along.mean(0)
             moved = activations * (along @ direction)[:, None]  # of the logits' difference, by one unit of C
             wanted = torch.zeros(len(stream))
-            normed = vlm.anatomy.final_norm(stream.to(words)) if vlm.anatomy.final_norm is not None else stream
-            distance = (normed.cpu().float() @ (words[1] - words[0]).cpu())[steps]
-            wanted[steps] = distance + margin
+            distance = normed(vlm, stream).cpu() @ (words[1] - words[0]).cpu() * (vlm.anatomy.scale or 1.0)
+            wanted[steps] = distance[steps] + margin
             if not moved[steps].any():
                 raise MmnError(
                     f"None of these neurons is active where {source!r} is said, so no change of theirs can matter: take others."

@@ -24,7 +24,7 @@ from mmn.edit import Edit, located
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
-from mmn.intervene import same_layer_random, zero
+from mmn.intervene import copied, same_layer_random, zero
 from mmn.lesson import Batch, Counts, Moments, Row, captions, lesson, loss_of, plural_of, replaced, says
 from mmn.scenes import CONCEPTS, HELD_OUT_PARAPHRASES, HELD_OUT_STYLE, PARAPHRASES, Scene
 from mmn.trace import Trace
@@ -321,9 +321,8 @@ def by_oracle(vlm: VLM, traces: Sequence[Trace], source: str, k: int, candidates
         inputs = vlm.replay(trace, noun.step)
         for start in range(0, len(chosen), 32):
             part = chosen[start : start + 32]
-            many = {key: value.expand(len(part), *value.shape[1:]) for key, value in inputs.items() if len(value) == 1}
-            with zero(vlm, [[neuron] for neuron in part]):
-                logits = vlm.model(**many, use_cache=False).logits[:, -1].float()
+            with copied(vlm, len(part)), zero(vlm, [[neuron] for neuron in part]):
+                logits = vlm.model(**inputs, use_cache=False).logits[:, -1].float()
             drops[start : start + len(part)] -= logits.log_softmax(-1)[:, noun.token].cpu()
     return [chosen[place] for place in drops.topk(min(k, len(chosen))).indices.tolist()]
 

@@ -78,7 +78,7 @@ def heatmap(vlm: VLM, trace: Trace, neurons: Sequence[Neuron]) -> Heatmap:
     vlm.anatomy.check(neurons)
     groups = by_layer(neurons)
     inputs = vlm.inputs([trace.image], [trace.prompt], [trace.prefix])
-    positions = vlm.image_positions(inputs)[0]
+    positions = vlm.image_positions(inputs)[0].cpu()  # which picks from a layer on any device
     rows, columns = image_grid(int(positions.sum()), inputs)
     flat = torch.empty(len(neurons), rows * columns)
 

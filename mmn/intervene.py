@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,18 @@ def added(vlm: VLM, neurons: Sequence[Neuron], changes: Tensor) -> Iterator[None
 
     with hooked(add(layer, group) for layer, group in by_layer(neurons).items()):
         yield
+
+
+def copied(vlm: VLM, rows: int) -> AbstractContextManager[None]:
+    """With the one row that reaches the decoder copied into `rows`: the picture is seen once, and in whatever form its pixels come."""
+
+    def copy(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def wide(value: Any) -> Any:
+            return value.expand(rows, *value.shape[1:]) if isinstance(value, Tensor) and value.shape[:1] == (1,) else value
+
+        return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
+
+    return hooked(each.register_forward_pre_hook(copy, with_kwargs=True) for each in [vlm.anatomy.decoder])
 
 
 class Shuffle:

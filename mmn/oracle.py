@@ -26,12 +26,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import mmn
 from mmn import metrics
 from mmn.contribution import SCORES, Scorer
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
+from mmn.intervene import copied, zero
 from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
@@ -72,7 +72,13 @@ class Moment:
     def _repeated(self, rows: int) -> Tensor:
         """The copies as a batch: as many copies of the keys and values, which any model can read."""
         cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(rows)
+        try:
+            cache.batch_repeat_interleave(rows)
+        except AttributeError as error:  # of a kind of layer that is no attention
+            raise MmnError(
+                f"What {self.vlm.name} keeps of what it has read cannot be copied for many neurons at once: choose another model for the "
+                "causal oracle."
+            ) from error
         mask = self._last.new_ones(rows, self._length)
         given = {"input_ids": self._last.expand(rows, 1), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return self._reader(**given).logits[:, -1].float()
@@ -226,7 +232,7 @@ def slopes(moment: Moment, steps: int = 0) -> list[Tensor]:
     layers = range(len(moment.layers))
     logits = moment.logits(len(points), [(layer, put(layer)) for layer in layers], grad=True)
     log_p = logits.log_softmax(-1)[:, moment.token].sum()
-    gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in layers])
+    gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in layers], materialize_grads=True, allow_unused=True)
     return [a * g[:, -1].float().mean(0).cpu() for a, g in zip(moment.activations, gradients, strict=True)]
 
 
@@ -239,9 +245,8 @@ def oracle_everywhere(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequenc
     found = []
     for start in range(0, len(neurons), batch - 1):
         some = [[], *([neuron] for neuron in neurons[start : start + batch - 1])]
-        rows = {key: value.repeat_interleave(len(some), 0) for key, value in inputs.items()}
-        with mmn.zero(vlm, some):
-            logits = vlm.model(**rows, use_cache=False).logits[:, -1].float()
+        with copied(vlm, len(some)), zero(vlm, some):
+            logits = vlm.model(**inputs, use_cache=False).logits[:, -1].float()
         log_p = logits.log_softmax(-1)[:, chosen.token].cpu()
         found.append(log_p[0] - log_p[1:])
     return torch.cat(found)

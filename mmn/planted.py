@@ -205,9 +205,8 @@ def _inputs(ffn: FFN) -> list[Any]:
 
 def _quiet(vlm: VLM, trace: Trace, noun: Noun) -> Tensor:
     """The direction of the final norm's input that moves the words least against each other, and not its scale: `[hidden]`."""
-    assert trace.stream is not None
     weight = matrix(vlm.anatomy.unembedding).float()
-    stream = trace.stream[noun.step].to(weight.device)
+    stream = trace.stream_at([noun.step])[0].to(weight.device)
     rows = through_norm(vlm, weight - weight.mean(0), stream.expand(len(weight), -1))
     unit = stream / stream.norm()
     gram = rows.T @ rows

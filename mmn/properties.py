@@ -31,12 +31,13 @@ from mmn.contribution import SCORES
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
-from mmn.intervene import mean_ablate, scale, zero
+from mmn.intervene import copied, mean_ablate, scale, zero
 from mmn.metrics import Interval
 from mmn.nouns import Noun
 from mmn.scenes import CONCEPTS, Placed, Scene, free_box, recompose, sprites
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, VLM
+from mmn.weights import matrix
 
 NEAREST = 8  # neurons among which `as_wide` draws
 KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of neurons at which overlaps and effects are drawn
@@ -160,7 +161,7 @@ def reread(vlm: VLM, trace: Trace, images: Sequence[Image.Image] | None = None, 
     if images is None:
         images = [trace.image] * rows  # type: ignore[list-item]
         inputs = vlm.replay(trace, steps - 1)
-        copies: AbstractContextManager[None] = _copied(vlm, rows)
+        copies: AbstractContextManager[None] = copied(vlm, rows)
     else:
         inputs = _batch([vlm.replay(replace(trace, image=image), steps - 1) for image in images])
         copies = nullcontext()
@@ -177,18 +178,6 @@ def _batch(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if any(one["input_ids"].shape != each[0]["input_ids"].shape for one in each):
         raise MmnError("These pictures differ in their number of image tokens: give pictures of one size.")
     return {key: torch.cat([one[key] for one in each]) for key in each[0]}
-
-
-def _copied(vlm: VLM, rows: int) -> AbstractContextManager[None]:
-    """Copies the one row that reaches the decoder into `rows`."""
-
-    def copy(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        def wide(value: Any) -> Any:
-            return value.expand(rows, *value.shape[1:]) if isinstance(value, Tensor) and value.shape[:1] == (1,) else value
-
-        return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
-
-    return hooked(each.register_forward_pre_hook(copy, with_kwargs=True) for each in [vlm.anatomy.decoder])
 
 
 # ------------------------------------------------------------------------------------------------------------- causal effect
@@ -319,9 +308,9 @@ def transplant(
     step, token = donor.noun.step, donor.noun.token
     short = replace(donor.trace, tokens=donor.trace.tokens[: step + 1])  # up to the noun
     given, other = vlm.replay(short, step), vlm.replay(replace(short, image=image), step)
-    mask = torch.ones_like(given["input_ids"][0], dtype=torch.bool)
+    mask = torch.ones(given["input_ids"].shape[1], dtype=torch.bool)
     if where == "image":
-        mask = vlm.image_positions(given)[0]
+        mask = vlm.image_positions(given)[0].cpu()
     elif where == "last":
         mask[:-1] = False
     kept: list[Tensor] = []
@@ -336,9 +325,9 @@ def transplant(
             chosen[layer][row, 0, unit] = True
 
     def put(layer: int) -> Callable[[Tensor], Tensor]:
-        return lambda a: torch.where(chosen[layer].to(a.device) & mask[:, None], kept[layer], a)
+        return lambda a: torch.where((chosen[layer] & mask[:, None]).to(a.device), kept[layer], a)
 
-    with _copied(vlm, len(named)):
+    with copied(vlm, len(named)):
         patched = _log_p(vlm, other, (ffn.watch(put(layer)) for layer, ffn in enumerate(vlm.anatomy.ffns)))
     gap = float(source - target)
     return pd.DataFrame(
@@ -366,9 +355,9 @@ def _log_p(vlm: VLM, inputs: Mapping[str, Tensor], hooks: Iterable[Removable] = 
 
 
 def word_ranks(vlm: VLM, neurons: Sequence[Neuron], token: int) -> np.ndarray:
-    """The place of a token among all those that each neuron's write raises, 1 the first, int `[neurons]`."""
-    words = min(vlm.anatomy.unembedding.weight.shape[0], len(vlm.tokenizer))
-    table = vlm.anatomy.unembedding.weight.detach()[:words].float()
+    """The place of a token among all those that each neuron's write raises, 1 the first, int `[neurons]`. Raises MmnError for a neuron
+    that is not there."""
+    table = matrix(vlm.anatomy.unembedding)[: len(vlm.tokenizer)].float()
     logits = vlm.anatomy.writes(neurons) @ table.T
     return 1 + (logits > logits[:, token, None]).sum(-1).cpu().numpy()
 
@@ -519,7 +508,7 @@ class OwnEncoder:
 
     def __init__(self, vlm: VLM, calibration: Sequence[Image.Image] = ()):
         self.vlm = vlm
-        self.table = vlm.model.get_input_embeddings().weight.detach().float().cpu()
+        self.table = matrix(vlm.model.get_input_embeddings()).float().cpu()
         self.centre = self.table[: len(vlm.tokenizer)].mean(0)
         self.ground = torch.zeros(self.table.shape[1])
         self._seen: dict[str, Tensor] = {}

@@ -65,6 +65,12 @@ class Trace:
             raise MmnError("This caption was made with record=False: caption again with recording on.")
         return torch.stack([self.record[step] for step in steps]).float()
 
+    def stream_at(self, steps: Sequence[int]) -> Tensor:
+        """What the final norm received at some steps: float32 `[steps, hidden]`. Raises MmnError if it was not recorded."""
+        if self.stream is None:
+            raise MmnError("This needs the residual stream, which this trace does not hold: make it with `vlm.caption`.")
+        return self.stream[list(steps)]
+
     @cached_property
     def text(self) -> str:
         """The prefix and what was generated, without special tokens."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmn.anatomy import WORDS, Anatomy, fused
+from mmn.anatomy import Anatomy, fused
 from mmn.ffn import FFN, Experts, NoFFN, parts
 
 
@@ -31,29 +30,18 @@ def describe(model: Any, anatomy: Anatomy) -> str:
         ", tied to the embedding" if tied else ""
     )
     rows.append(("unembedding", words))
-    rows.append(("logits", _logits(model, anatomy)))
+    rows.append(("logits", _logits(anatomy.scale)))
     rows.append(("image token", str(anatomy.image_token) if anatomy.image_token is not None else "none"))
     lines = [f"{type(model).__name__}: {anatomy.total:,} neurons in {len(anatomy.layers)} layers"]
     lines += [f"  {name:<14}{line}" for name, line in rows]
     return "\n".join(lines + [f"  warning: {warning}" for warning in warnings(anatomy)])
 
 
-@torch.no_grad()
-def _logits(model: Any, anatomy: Anatomy) -> str:
-    """What becomes of the unembedding's products before they are logits, from a pass over a few words."""
-    raw: list[Tensor] = []
-    handle = anatomy.unembedding.register_forward_hook(lambda _, __, out: raw.append(out.detach().clone().float()))
-    ids = torch.arange(WORDS, device=anatomy.device)[None] + 11
-    try:
-        given = model(input_ids=ids, use_cache=False).logits.float().to(anatomy.device)
-    except Exception:  # as in finding: what a model wants beside words is its own affair
-        return "not known, since it reads no words alone"
-    finally:
-        handle.remove()
-    factor = float((given * raw[-1]).sum() / raw[-1].square().sum())
-    if (given - factor * raw[-1]).abs().max() > 1e-2 * given.abs().max():
+def _logits(scale: float | None) -> str:
+    """What becomes of the unembedding's products before they are logits."""
+    if scale is None:
         return "the products bent, as by a soft cap: scores are in units from before that"
-    return "the products as they are" if abs(factor - 1) < 1e-3 else f"the products times {factor:.4g}"
+    return "the products as they are" if scale == 1 else f"the products times {scale:.4g}"
 
 
 def _kind(part: FFN, names: dict[nn.Module, str]) -> str:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_edit_families import Family
 from torch import Tensor
 
 import mmn
+from mmn import decompose, oracle, properties
+from mmn.calibration import Calibration
+from mmn.ffn import NoFFN
+from mmn.hooks import hooked
 from mmn.nouns import Noun
 
 
@@ -158,6 +167,118 @@ def test_half_precision_scores_are_summed_in_float32() -> None:
     torch.testing.assert_close(layer, expected)
     again = vlm.caption(tiny.pictures(1)[0], max_new_tokens=3)
     assert again.activations[0].dtype == torch.float32
+
+
+def taken_out(vlm: mmn.VLM, trace: mmn.Trace, noun: Noun, bend: Callable[[Tensor], Tensor] = lambda logits: logits) -> Tensor:
+    """What log p of a noun loses when each write of the last layer is taken out of the stream, in float64 with the norm by hand."""
+    norm, weight = vlm.anatomy.final_norm, vlm.anatomy.unembedding.weight.double()
+    stream = trace.stream_at([noun.step]).double()
+    part = trace.activations[-1][noun.step].double()[:, None] * vlm.anatomy.ffns[-1].projection.weight.double().T
+
+    def log_p(x: Tensor) -> Tensor:
+        x = x * norm.weight.double() / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return bend(x @ weight.T).log_softmax(-1)[:, noun.token]
+
+    return log_p(stream) - log_p(stream - part)
+
+
+def test_scores_of_log_p_in_half_precision_where_the_noun_is_certain() -> None:
+    """All other words have a thousandth of the probability, less than half precision's rounding of the noun's own part."""
+    vlm = tiny.llava()
+    trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=3)
+    row = vlm.model.lm_head.weight.data[int(trace.tokens[2])]
+    row *= 14 / float(trace.stream_at([2]).div(trace.stream_at([2]).square().mean().sqrt()) @ (row * vlm.anatomy.final_norm.weight))
+    vlm.model.to(torch.bfloat16)
+    trace = vlm.caption(tiny.pictures(1)[0], max_new_tokens=3)
+    noun = Noun("x", "x", int(trace.tokens[2]), 2, (0, 1))
+    assert -1e-2 < float(trace.logprobs[2]) < -1e-6
+    weight, norm = vlm.anatomy.unembedding.weight.double(), vlm.anatomy.final_norm
+    stream = trace.stream_at([2])[0].double()
+    gain = norm.weight.double() / stream.square().mean().sqrt()
+    slope = (weight[noun.token] - (weight @ (stream * gain)).softmax(-1) @ weight) * gain
+    part = trace.activations[-1][2].double()[:, None] * vlm.anatomy.ffns[-1].projection.weight.double().T
+    for score, right in (("readout", taken_out(vlm, trace, noun)), ("log_probability", part @ slope)):
+        got = mmn.contributions(vlm, trace, noun, score)[-1]
+        assert float((got - right).abs().max()) < 0.1 * float(right.abs().max()), score
+
+
+def test_scores_of_log_p_know_what_becomes_of_the_products() -> None:
+    """Granite multiplies them by a half; Gemma 4 bends them, so that they are not read off the stream."""
+    halved, capped = (Family(name) for name in ("granite4_vision", "gemma4"))
+    halved.given.pop("position_ids", None)  # the model counts itself
+    ask = {"prompt": "", "prefix": "", "max_new_tokens": 3}
+    trace = halved.caption(Image.new("RGB", (8, 8)), **ask)
+    noun = Noun("x", "x", int(trace.tokens[1]), 1, (0, 1))
+    right = taken_out(halved, trace, noun, lambda logits: logits / 2)
+    got = mmn.contributions(halved, trace, noun, "readout")[-1]
+    assert float((got - right).abs().max()) < 0.1 * float(right.abs().max()), "words beyond the likeliest count as one"
+    assert float((taken_out(halved, trace, noun) - right).abs().max()) > 0.5 * float(right.abs().max())
+    assert float(decompose.lens(halved, trace, 1)[-1, 0, noun.token]) == pytest.approx(float(trace.logprobs[1]), abs=1e-4)
+    trace = capped.caption(Image.new("RGB", (8, 8)), **ask)
+    for score in ("readout", "log_probability"):
+        with pytest.raises(mmn.MmnError, match="bends its logits"):
+            mmn.contributions(capped, trace, noun, score)
+    assert mmn.contributions(capped, trace, noun, "norm_aware")[-1].any(), "up to a factor a noun's own logit is what it was"
+
+
+def test_gradients_pass_layers_without_neurons() -> None:
+    """Nemotron-H has mixers between its FFNs, the first of them before any neuron."""
+    vlm = Family("nemotron_h_omni")
+    trace = vlm.caption(Image.new("RGB", (8, 8)), "", "", 3)
+    noun = Noun("x", "x", int(trace.tokens[1]), 1, (0, 1))
+    inputs = vlm.replay(trace, 1)
+    picture = vlm.image_positions(inputs)[0]
+    assert vlm.anatomy.neurons[0] == vlm.anatomy.neurons[2] == 0
+
+    def slope(unit: int, where: Tensor) -> float:
+        found = []
+        for factor in (1.02, 0.98):
+
+            def change(seen: Tensor, factor: float = factor) -> Tensor:
+                changed = seen.clone()
+                changed[0, where, unit] *= factor
+                return changed
+
+            with torch.no_grad(), hooked([vlm.anatomy.ffns[1].watch(change)]):
+                logits = vlm.model(**inputs, use_cache=False).logits[0, -1]
+            found.append(float(logits[noun.token]))
+        return (found[0] - found[1]) / 0.04
+
+    last = torch.arange(len(picture)) == len(picture) - 1
+    for name, where in (("gradient", last), ("gradient_image", picture)):
+        scores = mmn.contributions(vlm, trace, noun, name)
+        assert [len(each) for each in scores] == vlm.anatomy.neurons
+        unit = int(scores[1].abs().argmax())
+        assert float(scores[1][unit]) == pytest.approx(slope(unit, where), rel=2e-2) and abs(scores[1][unit]) > 1e-3, name
+    with pytest.raises(mmn.MmnError, match="cannot be copied"):
+        oracle.Moment(vlm, trace, noun)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradients_of_the_other_layers_stay_where_one_has_no_neurons(layer: int) -> None:
+    vlm, trace = caption()
+    ffns = list(vlm.anatomy.ffns)
+    ffns[layer] = NoFFN(vlm.anatomy.layers[layer], vlm.hidden)
+    fewer = mmn.VLM(vlm.model, vlm.processor, anatomy=replace(vlm.anatomy, ffns=ffns), lexicon=vlm.lexicon)
+    again = fewer.caption(trace.image, max_new_tokens=8)
+    noun = Noun("x", "x", 7, 3, (0, 1))
+    for name in ("gradient", "gradient_image", "gradient_log_p"):
+        right, got = (oracle.ALL[name](*pair, [noun]) for pair in ((vlm, trace), (fewer, again)))
+        for place, (one, other) in enumerate(zip(right, got, strict=True)):
+            assert other.shape == (1, 0) if place == layer else torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert oracle.integrated_gradients(fewer, again, [noun])[2].any()
+
+
+def test_scores_that_need_the_stream_say_so() -> None:
+    vlm, trace = caption()
+    again = properties.retrace(vlm, trace.image, trace.tokens.tolist())
+    noun = Noun("x", "x", 9, 2, (0, 1))
+    for score in ("norm_aware", "log_probability", "readout"):
+        with pytest.raises(mmn.MmnError, match="needs the residual stream"):
+            mmn.contributions(vlm, again, noun, score)
+    again.__dict__["nouns"] = [noun]
+    with pytest.raises(mmn.MmnError, match="needs the residual stream"):
+        Calibration.fit(vlm, [again])
 
 
 # ------------------------------------------------------------------------------------------------------------------- ranking

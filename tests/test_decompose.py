@@ -64,7 +64,7 @@ def test_the_lens_ends_with_the_models_own_words() -> None:
     torch.testing.assert_close(p, got.exp().amax(-1))
 
 
-@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen3_5_moe", "llama4"])
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen3_5_moe", "llama4", "granite4_vision"])
 def test_ffns_parts_are_the_sums_of_scores_in_other_families(family: str) -> None:
     """Also behind norms of their own, and where routed experts and shared ones stand side by side."""
     vlm = Family(family)

@@ -11,10 +11,13 @@ import pytest
 import real
 import tiny
 import torch
+from PIL import Image
+from test_edit_families import Family
 
 import mmn
 from mmn import oracle
 from mmn.calibration import Calibration
+from mmn.editors import by_gradient, by_oracle
 from mmn.hooks import hooked
 from mmn.nouns import Noun
 
@@ -115,6 +118,26 @@ def test_everywhere_is_the_package_s_zero(case) -> None:
             with torch.no_grad(), mmn.zero(vlm, chosen):
                 logs.append(vlm.model(**vlm.replay(trace, noun.step), use_cache=False).logits[0, -1].log_softmax(-1)[9])
         assert float(effect) == pytest.approx(float(logs[0] - logs[1]), abs=2e-5)
+
+
+def test_copies_of_a_picture_in_flat_patches() -> None:
+    """Qwen2-VL's pixels are `[patches, width]`, whose first axis counts no pictures."""
+    vlm = Family("qwen2_vl")
+    trace = vlm.caption(Image.new("RGB", (8, 8)), "", "", 3)
+    assert len(vlm.given["pixel_values"]) > 1
+    word = trace.nouns[-1]
+    neurons = by_gradient(vlm, [trace], word.lemma, 6)
+    inputs = vlm.replay(trace, word.step)
+
+    def log_p(chosen: list[mmn.Neuron]) -> float:
+        with torch.no_grad(), mmn.zero(vlm, chosen):
+            return float(vlm.model(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)[word.token])
+
+    effects = [log_p([]) - log_p([neuron]) for neuron in neurons]
+    assert max(map(abs, effects)) > 1e-2
+    assert oracle.oracle_everywhere(vlm, trace, word, neurons, batch=4).tolist() == pytest.approx(effects, abs=1e-4)
+    order = sorted(neurons, key=lambda neuron: -effects[neurons.index(neuron)])
+    assert by_oracle(vlm, [trace], word.lemma, 3, candidates=6) == order[:3]
 
 
 def test_agreement_by_hand() -> None:

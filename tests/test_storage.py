@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, CLIPVisionConfig
 
 import mmn
 from mmn import Edit, Neuron
+from mmn.properties import OwnEncoder, word_ranks
 from mmn.weights import columns, matrix
 
 NOUN = mmn.Noun("x", "x", 7, 2, (0, 1))
@@ -68,6 +69,8 @@ def test_spread_over_memory_and_disk(folder: Path, tmp_path: Path) -> None:
         for a, b in zip(mmn.contributions(plain, one, NOUN, score), mmn.contributions(spread, other, NOUN, score), strict=True):
             torch.testing.assert_close(a, b)
     assert mmn.top_tokens(plain, NEURONS).equals(mmn.top_tokens(spread, NEURONS))
+    for read in (lambda vlm: word_ranks(vlm, NEURONS, 7), lambda vlm: OwnEncoder(vlm).words(["cat", "dog"]).numpy()):
+        assert (read(plain) == read(spread)).all()
     assert torch.equal(mmn.heatmap(plain, one, NEURONS).grid, mmn.heatmap(spread, other, NEURONS).grid)
     for block in (lambda vlm: mmn.zero(vlm, NEURONS), lambda vlm: some(vlm).applied(vlm, "hook")):
         with block(plain), block(spread):
