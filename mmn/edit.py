@@ -373,7 +373,7 @@ def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score:
 
 def _checked(vlm: VLM, neurons: Sequence[Neuron], source: str, target: str) -> list[Neuron]:
     """The neurons, each once. Raises MmnError for what no fit can begin with."""
-    if getattr(vlm, "_active_edits", None) and _active(vlm).edits:
+    if _active(vlm).edits:
         raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
     neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
     if not neurons:
@@ -423,6 +423,7 @@ class _Active:
 
 
 def _active(vlm: VLM) -> _Active:
-    if not hasattr(vlm, "_active_edits"):
-        vlm._active_edits = _Active()  # type: ignore[attr-defined]
-    return vlm._active_edits  # type: ignore[attr-defined]
+    model = vlm.model  # which may be another VLM's, too
+    if not hasattr(model, "_active_edits"):
+        model._active_edits = _Active()
+    return model._active_edits

@@ -274,7 +274,8 @@ def biased(vlm: VLM, bias: Tensor) -> Iterator[None]:
 def decoding(vlm: VLM, **settings: Any) -> Iterator[None]:
     """With other settings of generation than plain greedy decoding, such as `num_beams=4`, `do_sample=True` or `bad_words_ids`.
 
-    What `vlm.caption` records of probabilities is then that of the likeliest token, not of the one taken."""
+    What `vlm.caption` records of probabilities is then that of the likeliest token, not of the one taken; with beams, which take
+    `record=False`, there is none (nan)."""
     plain = vlm.generation
 
     def other(limit: int) -> Any:

@@ -29,10 +29,10 @@ def uninterrupted() -> Iterator[None]:
     waiting: list[tuple[int, FrameType | None]] = []
     with ExitStack() as stack:
         old = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+        # Last in, first out: the old answer is back before it is given, also where the block raises.
+        stack.callback(lambda: old(*waiting[0]) if waiting and callable(old) else None)
         stack.callback(signal.signal, signal.SIGINT, old)
         yield
-    if waiting and callable(old):
-        old(*waiting[0])
 
 
 @contextmanager

@@ -41,7 +41,8 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all n
 LARGEST = 0.01  # of all neurons: those with the largest effects are what AUROC asks for
 TRIED = 16  # copies side by side, to see whether a model's code allows it
 
-_PACKS: weakref.WeakKeyDictionary[VLM, bool] = weakref.WeakKeyDictionary()  # whether it does
+# The longest text for which it does, and the shortest for which it does not, as where attention reaches no further than a window.
+_PACKS: weakref.WeakKeyDictionary[VLM, tuple[float, float]] = weakref.WeakKeyDictionary()
 
 
 class Moment:
@@ -98,16 +99,18 @@ class Moment:
 
     @torch.no_grad()
     def _packs(self) -> bool:
-        """Whether the model gives copies side by side the logits of one alone: tried once a model, not read off its code."""
-        if self.vlm not in _PACKS:
+        """Whether the model gives copies side by side the logits of one alone: tried at each new length, not read off its code."""
+        longest, shortest = _PACKS.get(self.vlm, (0, float("inf")))
+        if longest < self._length < shortest:
             alone = self._repeated(1)
             try:
                 together = self._packed(TRIED)
                 same = bool(((together - alone).abs().amax() <= 1e-4 * alone.abs().amax()).item())
             except Exception:  # its code has another idea of masks, positions or caches, each with an error of its own
                 same = False
-            _PACKS[self.vlm] = same
-        return _PACKS[self.vlm]
+            longest, shortest = (self._length, shortest) if same else (longest, self._length)
+            _PACKS[self.vlm] = longest, shortest
+        return self._length <= longest
 
     def without(self, kept: Tensor) -> Tensor:
         """Logits `[rows, vocabulary]` with the activations multiplied by `kept` `[rows, neurons of all layers]`."""

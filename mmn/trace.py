@@ -159,6 +159,7 @@ class Recorder:
         self.steps: list[Tensor] = []
         self.stream: list[Tensor] = []
         self._now: dict[int, Tensor] = {}  # of the step that is being computed, by layer
+        self._device = torch.device("cpu")  # from which steps are copied
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -172,8 +173,8 @@ class Recorder:
 
         with hooked(handles()):
             yield
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # copies that are still on their way
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # copies that are still on their way
 
     def _see(self, layer: int, seen: Tensor) -> None:
         self._now[layer] = seen[:, -1].detach().clone()  # a view would keep every position
@@ -182,5 +183,6 @@ class Recorder:
         # One copy a step and not one a layer, which goes on beside the computing into memory that a GPU reaches by itself.
         silent = (stream.new_zeros(len(stream), count) for count in self.anatomy.neurons)
         whole = torch.cat([self._now.pop(layer, none).to(stream.device) for layer, none in enumerate(silent)], -1)
+        self._device = stream.device
         self.steps.append(whole.to("cpu", non_blocking=True))
         self.stream.append(stream[:, -1].detach().clone().to("cpu", non_blocking=True))

@@ -273,20 +273,22 @@ class VLM:
         record: bool,
     ) -> list[Trace]:
         """`caption` of one batch from inputs that are ready."""
+        config = self.generation(limit)
+        beams = (config.num_beams or 1) > 1
+        if record and beams:
+            raise MmnError("Beam search reads several answers a picture side by side and cannot be recorded: say record=False.")
         probabilities = _LogProbabilities()
         recorder = Recorder(self.anatomy)
         with recorder.on() if record else nullcontext(), quiet():
             try:
-                out = self.model.generate(
-                    **inputs, generation_config=self.generation(limit), logits_processor=LogitsProcessorList([probabilities])
-                )
+                out = self.model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([probabilities]))
             except TypeError as error:
                 if images[0] is not None or "pixel_values" not in str(error):
                     raise
                 raise MmnError("This model answers only with a picture: give one.") from None
         length = inputs["input_ids"].shape[1]
         tokens = out[:, length:].cpu()
-        logprobs = torch.stack(probabilities.kept, 1).cpu()
+        logprobs = torch.full(tokens.shape, torch.nan) if beams else torch.stack(probabilities.kept, 1).cpu()
         stream = torch.stack(recorder.stream, 1).float() if record else None
         ends = self.end_tokens
         traces = []

@@ -68,6 +68,33 @@ def test_undo_is_bit_exact(vlm: mmn.VLM) -> None:
 
 
 @pytest.mark.parametrize("how", ["weights", "hook"])
+def test_two_vlms_of_one_model_know_of_each_others_edits() -> None:
+    """Entered one, other and left one, other: the columns that both change are put back by whoever leaves last."""
+    one = tiny.vlm()
+    other = mmn.VLM(one.model, one.processor, hash=one.hash, lexicon=one.lexicon)
+    before = bits(one)
+    first, second = some(one, 0).applied(one), some(one, 1).applied(other)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not same(before, bits(one))
+    second.__exit__(None, None, None)
+    assert same(before, bits(one))
+
+
+def test_the_closed_form_of_half_precision_behind_a_layer_norm() -> None:
+    model, processor = tiny.llava_parts()
+    model.model.language_model.norm = torch.nn.LayerNorm(16)
+    vlm = mmn.VLM(model.to(torch.bfloat16), processor, lexicon=tiny.every_letter)
+    image = tiny.pictures(1)[0]
+    trace = vlm.caption(image, max_new_tokens=5)
+    source = trace.nouns[0].lemma
+    target = next(letter for letter in "abcdefgh" if letter != source)
+    neurons = located(vlm, [trace], source, 8)
+    edit = mmn.Edit.closed_form(vlm, [image], source, target, neurons, max_new_tokens=5)
+    assert edit.changes.isfinite().all() and edit.norm > 0
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_undo_after_an_exception(error: type[BaseException], how: str) -> None:
     vlm = tiny.vlm()

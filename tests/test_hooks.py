@@ -44,7 +44,7 @@ def state(vlm: mmn.VLM) -> tuple[Any, ...]:
     weights = {name: value.clone() for name, value in vlm.model.state_dict().items()}
     hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in vlm.model.named_modules()]
     wants = [parameter.requires_grad for parameter in vlm.model.parameters()]
-    edits = vlm._active_edits  # type: ignore[attr-defined]
+    edits = vlm.model._active_edits
     kept = len(edits.edits), [layer for layer, units in edits.originals.items() if units]
     return weights, hooks, wants, kept, torch.is_grad_enabled(), signal.getsignal(signal.SIGINT)
 
@@ -135,6 +135,17 @@ def test_ctrl_c_waits_and_comes() -> None:
     finally:
         signal.signal(signal.SIGINT, born)
     assert done == [True]
+
+
+def test_ctrl_c_comes_also_where_the_block_raises() -> None:
+    born = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, born)
 
 
 def test_torchs_handles_may_be_removed_twice() -> None:

@@ -13,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 from test_edit_families import Family
+from transformers import MistralConfig
 
 import mmn
 from mmn import oracle
@@ -242,13 +243,38 @@ def test_copies_side_by_side_say_what_copies_in_a_batch_say(case, monkeypatch) -
     moment = oracle.Moment(vlm, trace, noun)
     factors = torch.rand(5, 72, generator=torch.Generator().manual_seed(0)) * 2
     together = moment.without(factors)
-    assert oracle._PACKS[vlm] and float((together[0] - together[1]).abs().max()) > 1e-2
-    monkeypatch.setitem(oracle._PACKS, vlm, False)
+    assert oracle._PACKS[vlm][0] and float((together[0] - together[1]).abs().max()) > 1e-2
+    monkeypatch.setitem(oracle._PACKS, vlm, (0, 0))
     torch.testing.assert_close(moment.without(factors), together, atol=1e-5, rtol=1e-4)
     monkeypatch.delitem(oracle._PACKS, vlm)
     monkeypatch.setattr(oracle.Moment, "_packed", lambda moment, rows: moment._repeated(rows) * 1.01)  # copies that see each other
     torch.testing.assert_close(moment.without(factors), together, atol=1e-5, rtol=1e-4)
-    assert not oracle._PACKS[vlm]
+    assert not oracle._PACKS[vlm][0]
+
+
+def test_a_window_of_attention_is_noticed_at_the_first_text_that_exceeds_it(monkeypatch) -> None:
+    monkeypatch.setattr(
+        tiny, "LlamaConfig", lambda **given: MistralConfig(**given | {"sliding_window": 45, "num_key_value_heads": 2})
+    )
+    vlm = tiny.llava()
+    noun = Noun("x", "x", 9, 1, (0, 1))
+    for prompt in ("a cat", "a cat next to a dog on the beach and a strawberry " * 2):
+        trace = vlm.caption(tiny.pictures(1)[0], prompt, max_new_tokens=3)
+        inputs = vlm.replay(trace, 1)
+        effects = oracle.oracle(vlm, trace, noun, batch=7).log_p
+        logs = []
+        for chosen in (None, 20):
+
+            def silence(seen: torch.Tensor, chosen: int | None = chosen) -> torch.Tensor:
+                changed = seen.clone()
+                changed[0, -1, [] if chosen is None else chosen] = 0
+                return changed
+
+            with torch.no_grad(), hooked([vlm.anatomy.ffns[1].watch(silence)]):
+                logs.append(vlm.model(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)[9])
+        assert float(effects[24 + 20]) == pytest.approx(float(logs[0] - logs[1]), abs=2e-5)
+    longest, shortest = oracle._PACKS[vlm]
+    assert 0 < longest < 45 < shortest == inputs["input_ids"].shape[1]
 
 
 def test_the_calibration_of_one_moment_is_its_gradient(case) -> None:
@@ -256,7 +282,7 @@ def test_the_calibration_of_one_moment_is_its_gradient(case) -> None:
     vlm, trace, noun = case
     oracle._PACKS.pop(vlm, None)  # a model seen for the first time is tried before the calibration's hooks are on
     fitted = Calibration.fit(vlm, [trace])
-    assert oracle._PACKS[vlm] and fitted.moments == len(trace.nouns) > 0
+    assert oracle._PACKS[vlm][0] and fitted.moments == len(trace.nouns) > 0
     torch.testing.assert_close(fitted.paths[-1], torch.eye(16), atol=1e-3, rtol=1e-3)
     alone = mmn.Trace(**{**{f: getattr(trace, f) for f in trace.__dataclass_fields__}})
     alone.__dict__["nouns"] = [noun]

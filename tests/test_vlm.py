@@ -16,7 +16,7 @@ from transformers import LlamaConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import mmn
-from mmn import scenes
+from mmn import editors, scenes
 from mmn.trace import Trace
 
 
@@ -306,6 +306,17 @@ def test_the_checkpoints_own_decoding_settings_do_not_count() -> None:
     plain = vlm.caption(image)
     vlm.model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=3, top_k=5)
     assert vlm.caption(image).text == plain.text
+
+
+def test_beams_are_not_recorded() -> None:
+    """Rows of a batch are then beams, not pictures."""
+    vlm = tiny.vlm()
+    with editors.decoding(vlm, num_beams=3):
+        with pytest.raises(mmn.MmnError, match="record=False"):
+            vlm.caption(tiny.pictures(2), max_new_tokens=3)
+        traces = vlm.caption(tiny.pictures(2), max_new_tokens=3, record=False)
+        assert traces[1].text == vlm.caption(tiny.pictures(2)[1], max_new_tokens=3, record=False).text
+    assert all(trace.logprobs.isnan().all() and len(trace.logprobs) == len(trace.tokens) for trace in traces)
 
 
 def test_a_models_own_prompt_is_asked_unless_another_is_given() -> None:
