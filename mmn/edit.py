@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mmn.bars import tqdm
 from mmn.contribution import contributions, normed, through_norm
-from mmn.errors import MmnError
+from mmn.errors import MmnError, finite
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
@@ -99,6 +99,10 @@ class Edit:
         if vlm.hash != self.model_hash:
             raise MmnError(f"This edit belongs to the model {self.model_hash}, not to {vlm.name} ({vlm.hash}): fit it again there.")
         vlm.anatomy.check(self.neurons)
+        if self.changes.shape != (len(self.neurons), vlm.hidden):
+            raise MmnError(
+                f"The changes are {list(self.changes.shape)} and not [{len(self.neurons)}, {vlm.hidden}], a row for each neuron: fit again."
+            )
         if how not in ("auto", "weights", "hook"):
             raise MmnError(f"An edit is applied by weights, by hook or auto, not by {how!r}.")
         plain = all(vlm.anatomy.ffns[layer].plain for layer in by_layer(self.neurons))
@@ -172,8 +176,14 @@ class Edit:
                 words = file.metadata() or {}
                 if words.get("format") != FORMAT:
                     raise MmnError(f"{path} is no edit that this version reads ({FORMAT}): fit it again and save it.")
-                neurons = [Neuron(*pair) for pair in file.get_tensor("neurons").tolist()]
-                changes = file.get_tensor("changes")
+                places, changes = file.get_tensor("neurons"), file.get_tensor("changes")
+            if places.dtype != torch.int64 or places.shape[1:] != (2,):
+                raise ValueError(f"its neurons are no pairs of whole numbers but {places.dtype} {list(places.shape)}")
+            if not changes.is_floating_point() or changes.ndim != 2 or len(changes) != len(places):
+                raise ValueError(f"its changes are not one row of floats a neuron but {changes.dtype} {list(changes.shape)}")
+            if not changes.double().isfinite().all():
+                raise ValueError("its changes are not finite")
+            neurons = [Neuron(*pair) for pair in places.tolist()]
             return cls(neurons, changes, words["model_hash"], words["source"], words["target"], json.loads(words["report"]))
         except (SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, MmnError):
@@ -225,8 +235,11 @@ class Edit:
         neurons = _checked(vlm, neurons, source, target)
         if not isinstance(steps, int) or steps < 0:
             raise MmnError(f"steps is a whole number of at least 0, not {steps!r}.")
-        if not 0 < rate < float("inf"):
-            raise MmnError(f"rate is Adam's learning rate, a number above 0, not {rate!r}.")
+        rate = finite("rate is Adam's learning rate,", rate, above=0)
+        bound = None if bound is None else finite("bound is the largest norm of the changes,", bound, above=0)
+        if not isinstance(weights, tuple | list) or len(weights) != 3:
+            raise MmnError(f"weights are three numbers, of the norm, of what stays and of saying it twice, not {weights!r}.")
+        weights = tuple(finite("each of the weights is", each, least=0) for each in weights)  # type: ignore[assignment]
         if protect is not None and not (protect > 0 and (keep or texts)):
             raise MmnError("protect is a number above 0 and needs pictures or texts to keep.")
         started = time.perf_counter()
@@ -290,7 +303,7 @@ class Edit:
                         each.mul_((bound / norm).clamp(max=1))
         changes = changes.detach().cpu().clone()
         report |= {"norm": float(changes.norm()), "seconds": round(time.perf_counter() - started, 2)}
-        return cls(neurons, changes, vlm.hash, source, target, report)
+        return cls(neurons, _finite(changes, curve[-1]), vlm.hash, source, target, report)
 
     @classmethod
     @torch.no_grad()
@@ -322,6 +335,7 @@ class Edit:
         neurons = _checked(vlm, neurons, source, target)
         if not target.strip():
             raise MmnError("The closed form puts one word in another's place: to leave a word out use Edit.fit.")
+        margin, ridge = finite("margin is a difference of logits,", margin), finite("ridge is", ridge, least=0)
         started = time.perf_counter()
         said, kept = captions(vlm, images, source, keep, texts, prompt, prefix, max_new_tokens, record=True)
         traces = [*said, *kept]
@@ -354,7 +368,14 @@ class Edit:
         report = {"way": "closed form", "neurons": len(neurons), "pictures": len(said), "kept": len(kept), "margin": margin}
         report |= {"ridge": ridge, "prefix": prefix, "steps": 0, "losses": [], "norm": float(changes.norm())}
         report |= {"seconds": round(time.perf_counter() - started, 2)}
-        return cls(neurons, changes, vlm.hash, source, target, report)
+        return cls(neurons, _finite(changes), vlm.hash, source, target, report)
+
+
+def _finite(changes: Tensor, loss: float = 0.0) -> Tensor:
+    """The changes. Raises MmnError for a fit that went astray."""
+    if not (changes.isfinite().all() and np.isfinite(loss)):
+        raise MmnError("The fit ended where changes or loss are no finite numbers: take a smaller rate, or a larger ridge.")
+    return changes
 
 
 def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score: str = "direct") -> list[Neuron]:

@@ -15,6 +15,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mmn
@@ -67,13 +68,12 @@ def test_undo_is_bit_exact(vlm: mmn.VLM) -> None:
     assert same(before, bits(vlm))
 
 
-@pytest.mark.parametrize("how", ["weights", "hook"])
 def test_two_vlms_of_one_model_know_of_each_others_edits() -> None:
     """Entered one, other and left one, other: the columns that both change are put back by whoever leaves last."""
     one = tiny.vlm()
     other = mmn.VLM(one.model, one.processor, hash=one.hash, lexicon=one.lexicon)
     before = bits(one)
-    first, second = some(one, 0).applied(one), some(one, 1).applied(other)
+    first, second = some(one, 0).applied(one), some(one, 0).applied(other)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -95,6 +95,7 @@ def test_the_closed_form_of_half_precision_behind_a_layer_norm() -> None:
     assert edit.changes.isfinite().all() and edit.norm > 0
 
 
+@pytest.mark.parametrize("how", ["weights", "hook"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_undo_after_an_exception(error: type[BaseException], how: str) -> None:
     vlm = tiny.vlm()
@@ -272,11 +273,44 @@ def test_files_refuse(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"not at all")
     with pytest.raises(mmn.MmnError, match="damaged or no edit"):
         Edit.load(tmp_path / "bad.safetensors")
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(mmn.MmnError, match="no edit that this version reads"):
         Edit.load(tmp_path / "other.safetensors")
+
+
+PAIRS, CHANGES = torch.arange(10).reshape(5, 2), torch.ones(5, 16)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "changes", "sentence"),
+    [
+        (PAIRS, CHANGES[:3], "one row of floats a neuron"),
+        (PAIRS, CHANGES[0], "one row of floats a neuron"),
+        (PAIRS, CHANGES.long(), "one row of floats a neuron"),
+        (PAIRS, CHANGES * torch.nan, "not finite"),
+        (PAIRS, CHANGES.half() * torch.inf, "not finite"),
+        (torch.ones(5, 3, dtype=torch.int64), CHANGES, "no pairs of whole numbers"),
+        (PAIRS[:, 0].contiguous(), CHANGES, "no pairs of whole numbers"),
+        (torch.tensor(3), CHANGES, "no pairs of whole numbers"),
+        (PAIRS.float(), CHANGES, "no pairs of whole numbers"),
+    ],
+)
+def test_a_file_with_other_tensors_is_refused(neurons: Tensor, changes: Tensor, sentence: str, tmp_path: Path) -> None:
+    words = {"format": "mmn-edit-1", "model_hash": "x", "source": "a", "target": "b", "report": "{}"}
+    save_file({"neurons": neurons, "changes": changes}, tmp_path / "e.safetensors", words)
+    with pytest.raises(mmn.MmnError, match=f"damaged or no edit at all.*{sentence}"):
+        Edit.load(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(1, 999), (1, 1), (16,), (2, 16)])
+@pytest.mark.parametrize("how", ["weights", "hook"])
+def test_changes_of_another_shape_are_not_applied(shape: tuple[int, ...], how: str) -> None:
+    vlm = tiny.vlm()
+    with (
+        pytest.raises(mmn.MmnError, match="a row for each neuron"),
+        Edit([Neuron(0, 0)], torch.ones(shape), vlm.hash, "a", "b").applied(vlm, how),
+    ):  # type: ignore[arg-type]
+        pass
 
 
 def test_refused_on_another_model() -> None:
@@ -571,6 +605,14 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=2.5), "steps is a whole number"),  # type: ignore[arg-type]
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=0.0), "rate is Adam's"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=float("nan")), "rate is Adam's"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, rate="a"), "rate is Adam's"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=1e30), "no finite numbers"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, weights=(float("nan"), 1.0, 1.0)), "weights is a finite"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, weights=(1.0, 2.0)), "weights are three"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, bound=0.0), "bound is the largest norm"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, bound=-1.0), "bound is the largest norm"),
+        (lambda: Edit.closed_form(talking, images, "cat", "dog", one, ridge=-1.0), "ridge is a finite number of at least 0"),
+        (lambda: Edit.closed_form(talking, images, "cat", "dog", one, margin=float("nan")), "margin is a difference"),
     ]
     for call, sentence in cases:
         with pytest.raises(mmn.MmnError, match=sentence):
