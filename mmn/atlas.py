@@ -29,6 +29,7 @@ from torch import Tensor
 import mmn
 from mmn import gallery, properties, scenes
 from mmn.anatomy import image_grid
+from mmn.arguments import at_least
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import hooked
@@ -270,10 +271,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn atlas`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
     parser.add_argument("--images", default="scenes", help="scenes, a folder, or what `mmn fetch` left (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=400, help="pictures at most (default: %(default)s)")
-    parser.add_argument("--most", type=int, default=6000, help="neurons on the page at most (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--count", type=at_least(1), default=400, help="pictures at most (default: %(default)s)")
+    parser.add_argument("--most", type=at_least(1), default=6000, help="neurons on the page at most (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--batch", type=at_least(1), default=4, help="pictures at once (default: %(default)s)")
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file of the page, *.html")

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from mmn import atlas, costs, scenes, sources, study_costs
+from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
@@ -98,11 +99,11 @@ def atlas_memory(shape: costs.Shape, pictures: int, device: str = "cpu", dtype: 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn bench`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=10, help="synthetic scenes to caption (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="times each thing is done (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="*", default=list(costs.SWEEPS), metavar="NAME",
+    parser.add_argument("--pictures", type=at_least(1), default=10, help="synthetic scenes to caption (default: %(default)s)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="times each thing is done (default: %(default)s)")
+    parser.add_argument("--shapes", nargs="*", default=list(costs.SWEEPS), choices=costs.SWEEPS, metavar="NAME",
                         help=f"random models to compare ways on; no name: none (default: {' '.join(costs.SWEEPS)})")  # fmt: skip
-    parser.add_argument("--atlas", type=int, metavar="LAYERS",
+    parser.add_argument("--atlas", type=at_least(1), metavar="LAYERS",
                         help="only the atlas' peak memory, on random layers of LLaVA-1.5-7B's shape, so many")  # fmt: skip
     parser.add_argument("--study", action="store_true",
                         help="only what `mmn replicate` costs, on random layers of LLaVA-1.5's shapes")  # fmt: skip

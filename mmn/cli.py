@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 
@@ -66,10 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in words if not word.startswith("-")), "")
     try:
         args = _parser(command).parse_args(words)
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except MmnError as error:
         print(f"mmn {command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+        return 1
     except KeyboardInterrupt:
         print(f"mmn {command}: interrupted; nothing was left half-written.", file=sys.stderr)
         return 130
@@ -98,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", nargs="?", default="", metavar="PICTURE", help="a picture file; without one, a synthetic scene")
     parser.add_argument("--noun", action="append", help="a noun of the caption, may be repeated (default: all of them)")
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=10, help="neurons per noun (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which synthetic scene (default: %(default)s)")
+    parser.add_argument("--top-k", type=at_least(1), default=10, help="neurons per noun (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="which synthetic scene (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: out/<name of the picture>)")
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
@@ -107,8 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Caption a picture and write caption, ranking and figures; raises MmnError for bad input."""
-    if args.top_k < 1:
-        raise MmnError(f"--top-k is the number of neurons per noun, at least 1, not {args.top_k}.")
     out = args.out or Path("out") / (Path(args.picture).stem or f"scene-{args.seed}")
     with replaced(out) as folder, tqdm(total=5, desc="loading", unit="step", disable=None) as bar:
 
@@ -122,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     for noun in record["nouns"]:
         neurons = ", ".join(f"L{n['layer']}.{n['unit']}" for n in noun["neurons"][:5])
         print(f"  {noun['noun']}: {neurons}{', ...' if len(noun['neurons']) > 5 else ''}")
+    if record["problem"]:
+        print(f"Without figures: {record['problem']}")
     print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return 0
 
@@ -138,13 +145,17 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
     trace = vlm.caption(image)
     step("ranking")
     rankings = mmn.rank(vlm, trace, k=args.top_k)
-    wanted = [trace.noun(noun).lemma for noun in args.noun] if args.noun else list(rankings)
+    wanted = list(dict.fromkeys(trace.noun(noun).lemma for noun in args.noun)) if args.noun else list(rankings)
     tables: list[pd.DataFrame] = []
     nouns = []
+    problem = ""
     step("drawing")
     for noun in wanted:
         table = tabulate(vlm, noun, rankings[noun])
-        draw(vlm, trace, image, noun, table, folder)
+        try:
+            draw(vlm, trace, image, noun, table, folder)
+        except MmnError as error:  # image tokens that are no grid: the rest is worth having
+            problem = str(error)
         tables.append(table)
         nouns.append({"noun": noun, "neurons": table.drop(columns="noun").to_dict("records")})
     step("writing")
@@ -157,6 +168,7 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
         "model_hash": vlm.hash,
         "top_k": args.top_k,
         "nouns": nouns,
+        "problem": problem,
         "versions": {name: version(name) for name in ("mmn", "torch", "transformers")} | {"python": platform.python_version()},
     }
     (folder / "caption.txt").write_text(trace.text + "\n", encoding="utf-8")

@@ -261,7 +261,10 @@ def _chosen(only: Sequence[str] | None) -> list[Path]:
 def _empty(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MmnError(f"{folder} is there already, and not empty: choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MmnError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from None
     return folder
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmn.arguments import at_least
 from mmn.errors import MmnError
 from mmn.paths import whole
 
@@ -25,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("target", nargs="?", default="", help="the noun in its place (default: leave the source out)")
     fit.add_argument("--pictures", type=Path, help="folder of pictures that show the source (default: synthetic scenes)")
     fit.add_argument("--keep", type=Path, help="folder of pictures whose captions shall stay (default: synthetic scenes)")
-    fit.add_argument("--count", type=int, default=12, help="pictures of each kind at most (default: %(default)s)")
-    fit.add_argument("--top-k", type=int, default=20, help="neurons to change (default: %(default)s)")
+    fit.add_argument("--count", type=at_least(1), default=12, help="pictures of each kind at most (default: %(default)s)")
+    fit.add_argument("--top-k", type=at_least(1), help="neurons to change (default: 20, of the better edit 40)")
     fit.add_argument("--way", choices=("gradient", "closed", "better"), default="gradient", help="default: %(default)s")
-    fit.add_argument("--seed", type=int, default=0, help="of synthetic scenes (default: %(default)s)")
+    fit.add_argument("--seed", type=at_least(0), default=0, help="of synthetic scenes (default: %(default)s)")
     fit.add_argument("--out", type=Path, required=True, help="file of the edit, *.safetensors")
     show = commands.add_parser("show", help="print what an edit's file holds; needs no model")
     show.add_argument("edits", nargs="+", type=Path, metavar="EDIT")
@@ -57,12 +58,13 @@ def _fit(args: argparse.Namespace) -> int:
     from mmn import editors
     from mmn.edit import located
 
-    if args.top_k < 1 or args.count < 1:
-        raise MmnError("--top-k and --count are whole numbers of at least 1.")
+    if args.out.is_dir():
+        raise MmnError(f"{args.out} is a folder: give --out the name of a file.")
     if not args.out.parent.is_dir():
         raise MmnError(f"There is no folder {args.out.parent} to write the edit to: make it, or choose another --out.")
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
     texts: Sequence[str] = ()
+    better = dict(editors.BETTER)
     if args.pictures:
         shown = _pictures(args.pictures, args.count)
         keep = _pictures(args.keep, args.count) if args.keep else []
@@ -70,11 +72,13 @@ def _fit(args: argparse.Namespace) -> int:
         job = editors.task(args.source, args.target or _another(args.source), fit=args.count, keep=args.count, seed=args.seed)
         shown, keep, texts = job.pictures, job.others, job.texts
         keep = _pictures(args.keep, args.count) if args.keep else keep
-    neurons = located(vlm, vlm.caption(shown), args.source, args.top_k)
+        better["prompt"] = job.prompts
+    count = args.top_k or (editors.BETTER_K if args.way == "better" else 20)
+    neurons = located(vlm, vlm.caption(shown), args.source, count)
     if args.way == "closed":
         edit = mmn.Edit.closed_form(vlm, shown, args.source, args.target, neurons, keep=keep)
     else:
-        settings = {**editors.BETTER, "texts": texts} if args.way == "better" else {}
+        settings = {**better, "texts": texts} if args.way == "better" else {}
         if args.way == "better" and not (keep or texts):
             raise MmnError("The better edit needs pictures whose captions shall stay: give a folder with --keep.")
         edit = mmn.Edit.fit(vlm, shown, args.source, args.target, neurons, keep=keep, **settings)
@@ -93,10 +97,7 @@ def _another(source: str) -> str:
 def _pictures(folder: Path, count: int) -> list[Image.Image]:
     import mmn
 
-    files = mmn.list_images(folder)[:count]
-    if not files:
-        raise MmnError(f"The folder {folder} holds no pictures: give another one.")
-    return [mmn.open_image(file) for file in files]
+    return [mmn.open_image(file) for file in mmn.list_images(folder)[:count]]
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -124,13 +125,15 @@ def _apply(args: argparse.Namespace) -> int:
     from mmn import scenes
 
     edits = [mmn.Edit.load(path) for path in args.edits]
-    image = scenes.draw(int(args.picture)).image if args.picture.isdigit() else mmn.open_image(args.picture)
+    image = scenes.draw(int(args.picture)).image if args.picture.isdecimal() else mmn.open_image(args.picture)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
-    print("before:", vlm.caption(image, record=False).text)
+    before = vlm.caption(image, record=False).text
     with ExitStack() as stack:
         for edit in edits:
             stack.enter_context(edit.applied(vlm, args.how))
-        print("after: ", vlm.caption(image, record=False).text)
+        after = vlm.caption(image, record=False).text
+    print("before:", before)
+    print("after: ", after)
     return 0
 
 

@@ -21,6 +21,7 @@ import torch
 
 import mmn
 from mmn import metrics, scenes
+from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.metrics import Interval
@@ -241,21 +242,26 @@ def record(vlm: mmn.VLM, figures: dict[str, Interval], count: int) -> dict[str, 
     }
 
 
-def write_card(card: Path, text: str, model_hash: str) -> None:
-    """Put the table between the marks of a model card. Raises MmnError for a card without the marks."""
+def around_figures(card: Path) -> tuple[str, str]:
+    """What stands before and behind the figures of a model card, marks included. Raises MmnError for a card without the marks."""
     start, end = "<!-- figures -->", "<!-- end of figures -->"
-    old = card.read_text() if card.is_file() else ""
+    old = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if start not in old or end not in old:
         raise MmnError(f"{card} has no lines {start!r} and {end!r} to put the figures between.")
-    block = f"{start}\nModel hash `{model_hash}`.\n\n```text\n{text}\n```\n"
-    put(card, old[: old.index(start)] + block + old[old.index(end) :])
+    return old[: old.index(start)] + start, old[old.index(end) :]
+
+
+def write_card(card: Path, text: str, model_hash: str) -> None:
+    """Put the table between the marks of a model card. Raises MmnError for a card without the marks."""
+    before, behind = around_figures(card)
+    put(card, f"{before}\nModel hash `{model_hash}`.\n\n```text\n{text}\n```\n{behind}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn evaluate`."""
     parser.add_argument("--model", default="tiny-llava", help="shipped model or checkpoint folder")
-    parser.add_argument("--scenes", type=int, default=1000, help="fresh scenes for each figure")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--scenes", type=at_least(1), default=1000, help="fresh scenes for each figure")
+    parser.add_argument("--batch", type=at_least(1), default=32)
     parser.add_argument("--device", help="cpu or cuda; the default is the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--card", type=Path, help="also write the table into this model card, between its marks")
@@ -264,6 +270,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mmn evaluate`."""
+    if args.card:
+        around_figures(args.card)  # refused before hours of work
     vlm = mmn.load(args.model, device_map=args.device)
     figures = evaluate(vlm, args.scenes, args.batch)
     text = json.dumps(record(vlm, figures, args.scenes), indent=1, ensure_ascii=False)

@@ -34,6 +34,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import numpy as np
 import pandas as pd
 
+from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.images import MAX_PIXELS, open_image
@@ -233,8 +234,8 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
     doors: dict[str, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(A_HOST))
     bar = tqdm(total=count, desc="pictures", disable=not progress, delay=5)
 
-    def one(number: int) -> Got:
-        with doors["/".join(items[number][0].split("/")[:3])]:
+    def one(number: int, door: threading.Semaphore) -> Got:
+        with door:
             got = _fetched(number, *items[number], out / "images", limits)
         tried = before[number].tries if number in before else 0
         return replace(got, tries=tried + 1 if got.tries else 0)
@@ -258,7 +259,8 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
                         bar.update(alive - bar.n)
                         # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
                         while len(waiting) < min(workers, count - alive) and (number := next(numbers, None)) is not None:
-                            waiting.add(pool.submit(one, number))
+                            door = doors["/".join(items[number][0].split("/")[:3])]  # made here, where nobody else makes it, too
+                            waiting.add(pool.submit(one, number, door))
                         if not waiting:
                             break
                         for each in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -318,8 +320,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("sbu",))
     parser.add_argument("list", type=Path, help="sbu-captions-all.json, as published")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures and of manifest.csv")
-    parser.add_argument("--count", type=int, default=TRAIN + VALID + TEST, help="pictures wanted (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=16, help="addresses asked at once (default: %(default)s)")
+    parser.add_argument("--count", type=at_least(1), default=TRAIN + VALID + TEST, help="pictures wanted (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=16, help="addresses asked at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="that one picture may take (default: %(default)s)")
 
 

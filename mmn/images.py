@@ -89,7 +89,7 @@ def list_images(folder: str | PathLike[str]) -> list[Path]:
     try:
         if not where.is_dir():
             raise MmnError(f"There is no folder {where}: give a folder with pictures.")
-        files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+        files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
     except PermissionError:
         raise MmnError(f"The folder {where} may not be read: change its permissions.") from None
     if not files:

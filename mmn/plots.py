@@ -79,7 +79,7 @@ def heatmap(
     ax.imshow(small, cmap="gray", vmin=0, vmax=255, extent=frame)
     seen = (left - 0.5, right - 0.5, bottom - 0.5, top - 0.5)
     ax.imshow(heat, cmap=HEAT, alpha=0.6, extent=seen, interpolation="bilinear")
-    if mask is not None and np.asarray(mask).any():
+    if mask is not None and np.asarray(mask).any() and min(np.asarray(mask).shape) > 1:  # a line of pixels has no outline
         # White on black, so that the line shows on any ground.
         for colour, thickness in (("black", 2.6), ("white", 1.2)):
             ax.contour(np.asarray(mask, dtype=float), levels=[0.5], colors=colour, linewidths=thickness)

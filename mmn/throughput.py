@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mmn import costs, scenes, study_costs
+from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.contribution import rank_all
 from mmn.errors import MmnError
@@ -30,7 +31,8 @@ RELEASE = 8  # pictures for the slow loop
 def throughput(
     vlm: VLM, pictures: int = 256, batch_size: int = 16, max_new_tokens: int = 50, compare: bool = True
 ) -> dict[str, Any]:
-    """Pictures a second: `plain`, `ours`, `release`; `share`: ours by plain; `peak_mb` `[tenths]`. Without `compare` only ours runs.
+    """Pictures a second: `plain`, `ours`, `release`; `share`: ours by plain; `peak_mb`: after the first batch, which warms up, and after
+    each tenth of the others or each of them, where they are fewer. Without `compare` only ours runs.
 
     Raises MmnError for fewer pictures than one batch."""
     if batch_size < 1 or pictures < batch_size:
@@ -93,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn throughput`."""
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
     parser.add_argument("--random", choices=study_costs.SHAPES, help="a model of random weights of LLaVA-1.5's shape instead")
-    parser.add_argument("--pictures", type=int, default=256, help="synthetic scenes (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures captioned at once (default: %(default)s)")
+    parser.add_argument("--pictures", type=at_least(1), default=256, help="synthetic scenes (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=16, help="pictures captioned at once (default: %(default)s)")
     parser.add_argument(
         "--only-ours", action="store_true", help="leave the comparisons out, to watch the memory over many pictures"
     )

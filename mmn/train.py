@@ -52,6 +52,7 @@ from mmn import scenes
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import whole
+from mmn.vlm import place
 
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
@@ -618,9 +619,18 @@ def train(
 
     `work` keeps the resumable state; `scale` shortens or lengthens every stage; `only` runs some of the stages (vision and language
     do not need each other and can run side by side); `vision` is a finished checkpoint whose vision tower is taken over; `workers`
-    are processes that prepare steps ahead, which changes nothing in the model. Raises MmnError for a `work` folder of another run."""
+    are processes that prepare steps ahead, which changes nothing in the model. Raises MmnError for a `work` folder of another run and an
+    `out` of other things than a checkpoint, which a checkpoint would replace."""
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise MmnError(f"{out} holds no checkpoint that a new one could replace: give --out a folder that is new or empty.")
+    if not 0 <= scale < math.inf:
+        raise MmnError(f"The scale is a length relative to the full recipe, at least 0, not {scale!r}.")
+    place(device, "float32")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MmnError(f"{work} cannot be made ({error.strerror}): choose another --work.") from None
     trainer = Trainer(recipe, where)
     stages = [stage for stage in STAGES if recipe.kind == "llava" or stage in ("vision", "tuning")]
     if vision is not None:
@@ -640,17 +650,17 @@ def train(
 
 
 def export(trainer: Trainer, out: Path) -> None:
-    """Write the checkpoint beside `out`, then put it in place."""
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    trainer.model.to(torch.float16).save_pretrained(part)
-    make_processor(trainer.tokenizer).save_pretrained(part)
-    if out.exists():
-        for kept in ("README.md",):
-            if (out / kept).exists():
-                shutil.copy2(out / kept, part / kept)
-        shutil.rmtree(out)
-    os.replace(part, out)
+    """Write the checkpoint beside `out`, then put it in place; the one that was there is deleted last."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    with whole(out) as part:
+        trainer.model.to(torch.float16).save_pretrained(part)
+        make_processor(trainer.tokenizer).save_pretrained(part)
+        if out.exists():
+            for kept in ("README.md",):
+                if (out / kept).exists():
+                    shutil.copy2(out / kept, part / kept)
+            os.replace(out, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -467,7 +467,7 @@ def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> 
         try:
             torch.empty(1, device=device_map)
         except (RuntimeError, AssertionError) as error:
-            raise MmnError(f"The device {device_map!r} cannot be used: {_line(error)}") from error
+            raise MmnError(f"The device {device_map!r} cannot be used ({_line(error)}): choose cpu, or one that is here.") from error
     return kind
 
 

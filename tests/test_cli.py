@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
+import mmn
 from mmn import cli, scenes
 from mmn.errors import MmnError
 
@@ -49,6 +51,21 @@ def test_explain_writes_caption_ranking_and_figures(explained: Path) -> None:
     assert not [path for path in explained.parent.iterdir() if path.name.startswith(".")], "something temporary stayed"
 
 
+def test_what_has_no_heatmap_is_written_without(
+    explained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Such as pictures in tiles, or pictures that words see by cross-attention."""
+    vlm = mmn.load()
+    vlm.anatomy = replace(vlm.anatomy, image_token=None)
+    monkeypatch.setattr(mmn, "load", lambda *_, **__: vlm)
+    out = explained.parent / "bare"
+    assert cli.main(["explain", str(explained.parent / "picture.png"), "--top-k", "2", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == FILES and "no heatmap to draw" in capsys.readouterr().out
+    record, full = (json.loads((folder / "explain.json").read_text(encoding="utf-8")) for folder in (out, explained))
+    assert [noun["neurons"] for noun in record["nouns"]] == [noun["neurons"][:2] for noun in full["nouns"]]
+    assert "no heatmap to draw" in record["problem"] and not full["problem"]
+
+
 def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noun = json.loads((explained / "explain.json").read_text(encoding="utf-8"))["nouns"][0]["noun"]
     picture = explained.parent / "picture.png"
@@ -74,6 +91,17 @@ def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: p
         (["explain", "--out", "words.txt/sub"], "words.txt"),
         (["explain", "--out", "full"], "full"),
         (["explain", "--colour", "red"], "--colour"),
+        (["explain", "--seed", "-1"], "at least 0"),
+        (["atlas", "--out", "a.html", "--batch", "0"], "at least 1"),
+        (["evaluate", "--scenes", "0"], "at least 1"),
+        (["evaluate", "--card", "words.txt"], "to put the figures between"),
+        (["throughput", "--batch", "0"], "at least 1"),
+        (["bench", "--shapes", "13B-and-a-half"], "13B-and-a-half"),
+        (["train", "--out", "new", "--work", "w", "--scale", "nan"], "scale"),
+        (["train", "--out", "new", "--work", "w", "--device", "abacus"], "abacus"),
+        (["train", "--out", "new", "--work", "words.txt/sub"], "words.txt"),
+        (["course", "slides", "--out", "words.txt/sub", "--only", "00_tour"], "words.txt"),
+        (["edit", "fit", "cat", "dog", "--out", "full"], "is a folder"),
         (["paint"], "paint"),
         ([], "COMMAND"),
     ],
@@ -128,6 +156,17 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_of_pixels_is_drawn_and_a_reader_who_has_enough_is_no_error(tmp_path: Path) -> None:
+    scenes.draw(0).image.resize((60, 1)).save(tmp_path / "line.png")
+    command = [sys.executable, "-m", "mmn.cli", "explain", str(tmp_path / "line.png"), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read()
+    assert "Traceback" not in error and "Error" not in error
+    assert (tmp_path / "out" / "explain.json").exists()
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import mmn
-from mmn import cli, scenes
+from mmn import cli, editors, scenes
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,16 @@ def test_fit_on_scenes_and_on_pictures(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
 
 
+def test_the_better_way_is_that_of_the_chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many rows and prompts, and texts to keep; here without a step."""
+    monkeypatch.setitem(editors.BETTER, "steps", 0)
+    out = tmp_path / "edit.safetensors"
+    assert cli.main(["edit", "fit", "cat", "dog", "--way", "better", "--count", "2", "--out", str(out)]) == 0
+    edit, job = mmn.Edit.load(out), editors.task("cat", "dog", fit=2, keep=2)
+    assert len(edit.neurons) == editors.BETTER_K and edit.report["prompt"] == list(job.prompts)
+    assert edit.report["rate"] == editors.BETTER["rate"] and len(job.prompts) > 1
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -99,6 +109,10 @@ def test_fit_on_scenes_and_on_pictures(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["edit", *words]) == 2
+    try:
+        code = cli.main(["edit", *words])
+    except SystemExit as leave:  # argparse's way
+        code = int(leave.code or 0)
+    assert code == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.strip().splitlines()) == 1

@@ -162,6 +162,9 @@ def test_folders(save, tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG".lower(), ".hidden.png"):
         save(Image.new("RGB", (2, 2)), name)
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
     assert [path.name for path in mmn.list_images(tmp_path)] == ["a.jpg", "b.png"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(mmn.MmnError, match="holds no pictures"):
