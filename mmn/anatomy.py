@@ -254,8 +254,8 @@ WORDS = 5  # of the probe
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: torch's, a quantised one of the same interface, or GPT-2's."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear map: torch's, or a quantised one of the same interface."""
+    return isinstance(module, nn.Linear)
 
 
 def _unembedding(model: Any) -> nn.Linear:

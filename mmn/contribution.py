@@ -136,7 +136,8 @@ def read_out(vlm: VLM, stream: Tensor) -> Tensor:
 
 def readout(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """What log p(t) loses, nats, when the neuron's write is taken out of the final norm's input and the rest of the stream stays: not a
-    slope but the difference [ours]. Later layers are left out, so it is the true effect for neurons of the last layer."""
+    slope but the difference [ours]. Later layers are left out, so it is the true effect for neurons of the last layer, where their
+    writes reach the stream as they are (no norm or factor behind the FFN). Raises MmnError where the model bends its logits."""
     ffns = vlm.anatomy.ffns
 
     def squares(layer: int, units: Tensor) -> Tensor:

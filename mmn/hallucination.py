@@ -32,7 +32,7 @@ from mmn.nouns import Noun
 from mmn.properties import OwnEncoder
 from mmn.scenes import CONCEPTS, PLANTED, Scene
 from mmn.trace import Trace
-from mmn.vlm import VLM
+from mmn.vlm import PREFIX, VLM
 
 BATCH = 32
 
@@ -232,13 +232,14 @@ class Voice:
 
 @torch.no_grad()
 def patches(vlm: VLM, images: Sequence[Image.Image], voices: Sequence[Voice]) -> Tensor:
-    """What each voice says at each patch, in one reading of the pictures: float32 `[voices, images, image tokens]`."""
+    """What each voice says at each patch, in one reading of the pictures: float32 `[voices, images, image tokens]`. Raises MmnError where
+    the pictures differ in their number of image tokens."""
     weights = [(vlm.anatomy.writes(v.neurons) @ vlm.anatomy.words([v.token])[0]).cpu() for v in voices]
     groups = [(number, *group) for number, voice in enumerate(voices) for group in by_layer(voice.neurons).items()]
     found = []
     for start in range(0, len(images), BATCH):
         some = list(images[start : start + BATCH])
-        inputs = vlm.inputs(some, ["Describe the image in few words."] * len(some), ["An image of"] * len(some))
+        inputs = vlm.inputs(some, [vlm.prompt] * len(some), [PREFIX] * len(some))
         places = vlm.image_positions(inputs)
         total = torch.zeros(len(voices), *places.shape)
 
@@ -249,6 +250,8 @@ def patches(vlm: VLM, images: Sequence[Image.Image], voices: Sequence[Voice]) ->
         with hooked(vlm.anatomy.ffns[layer].watch(functools.partial(add, number, group)) for number, layer, group in groups):
             vlm.model(**inputs, use_cache=False)
         found += [row[:, mask] for row, mask in zip(total.unbind(1), places.cpu(), strict=True)]
+    if len({each.shape for each in found}) > 1:
+        raise MmnError("These pictures differ in their number of image tokens: give pictures of one size.")
     return torch.stack(found, 1)
 
 

@@ -153,9 +153,9 @@ def _is(path: Path, name: str) -> bool:
 
 
 def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None) -> list[str]:
-    """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one:
-    text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest value, and all within the table's
-    slack."""
+    """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one,
+    and for each key with other columns: text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest
+    value, and all within the table's slack."""
     chosen, stored = get(name), read(name, vlm, folder=folder)
     numbers = pd.Series(range(len(chosen.keys))).sample(min(count, len(chosen.keys)), random_state=seed)
     faults = []
@@ -164,6 +164,9 @@ def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None
         old = stored[stored["key"] == number].reset_index(drop=True)
         if len(fresh) != len(old):
             faults.append(f"{name}, key {number}: {len(old)} rows are stored, {len(fresh)} were computed.")
+            continue
+        if odd := sorted({*fresh.columns} ^ {*old.columns}):
+            faults.append(f"{name}, key {number}: stored and computed columns differ in {', '.join(odd)}.")
             continue
         for column in fresh.columns:
             largest = stored[column].abs().max() if pd.api.types.is_float_dtype(stored[column]) else 0.0

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
@@ -62,6 +64,13 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, str, str]] = {
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedConfig, str, str]:
     return llava_on(FAMILIES[request.param][0]), *FAMILIES[request.param]
+
+
+def test_gpt2s_maps_are_refused_in_a_sentence() -> None:
+    """Their weights are transposed, which nothing here reads."""
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(mmn.MmnError, match="No decoder layers with an FFN"):
+        find(GPT2LMHeadModel(config).eval())
 
 
 def test_the_parts_are_found(family: tuple[Any, PreTrainedConfig, str, str]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import real
+import tiny
 import torch
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
@@ -184,3 +186,10 @@ def test_well_formed(text: str, whole: bool) -> None:
 
 def test_every_caption_of_the_world_is_well_formed() -> None:
     assert all(h.well_formed(f"An image of {scene.caption}") for scene in scenes.sample(300))
+
+
+def test_pictures_of_different_numbers_of_tokens_are_refused() -> None:
+    vlm = real.vlm("llava_next")
+    voice = h.Voice("x", 5, [mmn.Neuron(0, 1)])
+    with pytest.raises(mmn.MmnError, match="differ in their number of image tokens"):
+        h.patches(vlm, [*tiny.pictures(1), *tiny.pictures(1, size=(80, 40))], [voice])

@@ -86,6 +86,14 @@ def test_a_changed_cell_is_found(squares, tmp_path, column, value):
     assert f"key 2, row 0, {column}" in fault
 
 
+def test_a_column_that_is_not_on_both_sides_is_found(squares, tmp_path):
+    tables.write("squares", Model(), folder=tmp_path, progress=False)
+    frame = pd.read_csv(tmp_path / "squares.csv")
+    for stored, odd in ((frame.assign(old=1), "old"), (frame.drop(columns="word"), "word")):
+        stored.to_csv(tmp_path / "squares.csv", index=False)
+        assert tables.check("squares", Model(), 1, seed=0, folder=tmp_path)[0].endswith(f"columns differ in {odd}.")
+
+
 def test_a_rank_may_move_as_far_as_its_slack_and_no_further(squares, tmp_path):
     made = tables.get("squares")
     tables.write("squares", Model(), folder=tmp_path, progress=False)
