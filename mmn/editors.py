@@ -232,6 +232,7 @@ def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3
         tuner.unload()
         vlm.model.requires_grad_(False)
     neurons = [Neuron(layer, unit) for layer in places for unit in range(vlm.anatomy.neurons[layer])]
+    # The last step, too, has a pass that only looks, which `of_edit` counts of gradient edits.
     report = {"way": "gradient", "steps": done, "seconds": round(time.perf_counter() - started, 2)}
     changes = torch.cat([deltas[layer] for layer in places]).float().cpu().contiguous()
     return of_edit(vlm, "LoRA, all layers", Edit(neurons, changes, vlm.hash, job.source, job.target, report))
@@ -424,7 +425,7 @@ MEASURES = {
     "reliability": "the same on fresh scenes in the styles fitted on",
     "new_style": "the same on fresh scenes in styles not fitted on",
     "held_out": "the same in the style that the model itself never saw",
-    "rephrased": "the same on fresh scenes asked in other words than any fit",
+    "rephrased": "the same on the scenes of new_style, asked in other words than any fit",
     "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
     "rest_content": "share of them that name the same other objects, as many, and the same place, however they are joined",
     "rest_unedited": "control of `rest`: share of them that the unedited model goes on with as before once the target is in its mouth",
