@@ -218,7 +218,33 @@ def test_muon_in_float32_takes_the_step_of_muon():
     assert torch.linalg.norm(moved[0] - moved[1]) < 0.02 * torch.linalg.norm(moved[1])
 
 
+@pytest.mark.parametrize("occupied", ["m/mine.txt", "m"])
+def test_what_is_no_checkpoint_is_not_replaced_by_one(occupied, tmp_path):
+    mine = tmp_path / occupied
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("keep")
+    with pytest.raises(MmnError, match="holds no checkpoint"):
+        train.train(tmp_path / "m", tmp_path / "w", scale=0, device="cpu")
+    assert mine.read_text() == "keep" and not (tmp_path / "w").exists()
+
+
+def test_a_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "README.md").write_text("mine")
+    trainer = train.Trainer(TINY, torch.device("cpu"))
+    with monkeypatch.context() as broken:
+        broken.setattr(train.shutil, "copy2", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.export(trainer, tmp_path / "m")
+    assert (tmp_path / "m" / "config.json").read_text() == "{}"
+    train.export(trainer, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m" / "README.md").read_text() == "mine" and (tmp_path / "m" / "model.safetensors").exists()
+
+
 def test_scale_0_leaves_the_model_untrained(tmp_path):
+    (tmp_path / "m").mkdir()
     train.train(tmp_path / "m", tmp_path / "w", scale=0, device="cpu")
     made = AutoModelForImageTextToText.from_pretrained(tmp_path / "m", dtype=torch.float32).state_dict()
     fresh = train.Trainer(train.Recipe(), torch.device("cpu")).model.state_dict()
