@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from mmn.errors import MmnError
-from mmn.ffn import Neuron
+from mmn.ffn import Neuron, neurons_at
 from mmn.hooks import hooked
 from mmn.nouns import Noun
 from mmn.trace import Trace
@@ -44,6 +44,9 @@ class NeuronRanking:
 
     def __len__(self) -> int:
         return len(self.neurons)
+
+    def __getitem__(self, place: Any) -> Any:  # which is all it takes to stand for its neurons wherever some are asked for
+        return self.neurons[place]
 
     def table(self) -> pd.DataFrame:
         """One row a neuron: rank (from 1), layer, unit, score, activation."""
@@ -347,7 +350,7 @@ def _scores(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> list[T
 
 
 def _check(vlm: VLM, trace: Trace, nouns: Sequence[Noun], score: str) -> None:
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise MmnError(f"There is no score {score!r}: choose one of {', '.join(SCORES)}.")
     if not trace.recorded:
         raise MmnError("This caption was made with record=False, so there is nothing to score: caption again with recording on.")
@@ -408,7 +411,7 @@ def rank_all(vlm: VLM, traces: Sequence[Trace], k: int = 10) -> list[dict[str, N
 
 def _check_k(vlm: VLM, k: int) -> None:
     total = vlm.anatomy.total
-    if not isinstance(k, int) or not 1 <= k <= total:
+    if type(k) is not int or not 1 <= k <= total:
         raise MmnError(f"k is a number of neurons between 1 and {total}, not {k!r}.")
 
 
@@ -417,12 +420,9 @@ def _ranked(
 ) -> list[NeuronRanking]:
     """One ranking a noun from scores and activations, for each layer `[nouns, neurons]`."""
     values, places = torch.cat(list(scores), -1).topk(k, -1)
-    starts = torch.tensor([0, *vlm.anatomy.neurons]).cumsum(0)
-    layers = torch.bucketize(places, starts, right=True) - 1
-    units = places - starts[layers]
     active = torch.cat(list(activations), -1).gather(-1, places)
     found = []
     for row, noun in enumerate(nouns):
-        neurons = [Neuron(*pair) for pair in zip(layers[row].tolist(), units[row].tolist(), strict=True)]
+        neurons = neurons_at(vlm.anatomy.neurons, places[row].tolist())
         found.append(NeuronRanking(noun, neurons, values[row].tolist(), active[row].tolist(), score))
     return found

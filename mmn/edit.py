@@ -34,8 +34,8 @@ from torch import Tensor
 
 from mmn.bars import tqdm
 from mmn.contribution import contributions, normed, through_norm
-from mmn.errors import MmnError, finite
-from mmn.ffn import Neuron, by_layer
+from mmn.errors import MmnError, finite, whole_number
+from mmn.ffn import Neuron, by_layer, neurons_at
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says
@@ -169,7 +169,7 @@ class Edit:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Edit:
         """Read an edit. Raises MmnError if there is no such file or it holds no edit."""
-        if not Path(path).is_file():
+        if not isinstance(path, str | PathLike) or not Path(path).is_file():
             raise MmnError(f"There is no edit {path}: check the file's name and folder.")
         try:
             with safe_open(path, "pt") as file:
@@ -201,7 +201,7 @@ class Edit:
         target: str,
         neurons: Sequence[Neuron],
         *,
-        keep: Sequence[Image.Image] = (),
+        keep: Image.Image | Sequence[Image.Image] = (),
         texts: Sequence[str] = (),
         prompt: str | Sequence[str] | None = None,
         prefix: str = PREFIX,
@@ -233,8 +233,8 @@ class Edit:
         A fit is deterministic. Raises MmnError if no caption says the source, there are no neurons, `steps` or `rate` make no sense,
         `protect` has nothing to keep, or the model is edited."""
         neurons = _checked(vlm, neurons, source, target)
-        if not isinstance(steps, int) or steps < 0:
-            raise MmnError(f"steps is a whole number of at least 0, not {steps!r}.")
+        whole_number("steps", steps, 0)
+        whole_number("batch_size", batch_size)
         rate = finite("rate is Adam's learning rate,", rate, above=0)
         bound = None if bound is None else finite("bound is the largest norm of the changes,", bound, above=0)
         if not isinstance(weights, tuple | list) or len(weights) != 3:
@@ -315,7 +315,7 @@ class Edit:
         target: str,
         neurons: Sequence[Neuron],
         *,
-        keep: Sequence[Image.Image] = (),
+        keep: Image.Image | Sequence[Image.Image] = (),
         texts: Sequence[str] = (),
         prompt: str | Sequence[str] | None = None,
         prefix: str = PREFIX,
@@ -386,20 +386,18 @@ def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score:
     if not said:
         raise MmnError(f"None of these {len(traces)} captions says {concept!r}: choose other pictures.")
     total = torch.stack([torch.cat(contributions(vlm, trace, concept, score)) for trace in said]).mean(0)
-    starts = torch.tensor([0, *vlm.anatomy.neurons]).cumsum(0)
-    places = total.topk(min(k, len(total))).indices
-    layers = torch.bucketize(places, starts, right=True) - 1
-    return [Neuron(*pair) for pair in zip(layers.tolist(), (places - starts[layers]).tolist(), strict=True)]
+    return neurons_at(vlm.anatomy.neurons, total.topk(min(k, len(total))).indices.tolist())
 
 
 def _checked(vlm: VLM, neurons: Sequence[Neuron], source: str, target: str) -> list[Neuron]:
     """The neurons, each once. Raises MmnError for what no fit can begin with."""
     if _active(vlm).edits:
         raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
-    neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
+    neurons = list(neurons)
     if not neurons:
         raise MmnError("There are no neurons to edit: give at least one, such as ranking.neurons.")
     vlm.anatomy.check(neurons)
+    neurons = list(dict.fromkeys(Neuron(*neuron) for neuron in neurons))
     if target.strip().lower() == source.strip().lower():
         raise MmnError(f"The target {target!r} must be a word other than the source {source!r}.")
     return neurons

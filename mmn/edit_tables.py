@@ -141,7 +141,7 @@ def curve(vlm: VLM, key: int) -> list[Row]:
 CHUNKS, CHUNK = 10, 20  # of scenes: each a key
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def voices(vlm: VLM) -> dict[str, hallucination.Voice]:
     """The voice of each planted partner, from pictures of their own."""
     calibration = [scene.image for scene in scenes.sample(48, first=8 * 10**7)]
@@ -155,7 +155,7 @@ def voices(vlm: VLM) -> dict[str, hallucination.Voice]:
     }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def suppression(vlm: VLM) -> Edit | None:
     """The edits of all planted pairs as one; None where the model hallucinates no partner."""
     edits = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -371,6 +372,13 @@ class NoFFN(FFN):
 def parts(ffn: FFN) -> tuple[FFN, ...]:
     """The FFNs side by side that make up a layer's, itself where it is one."""
     return ffn.parts if isinstance(ffn, Mixture) else (ffn,)
+
+
+def neurons_at(layers: Sequence[int], places: Sequence[int] | np.ndarray) -> list[Neuron]:
+    """Neurons by their number over all layers; `layers`: how many neurons each has."""
+    starts = np.cumsum([0, *layers])
+    found = np.searchsorted(starts, places, side="right") - 1
+    return [Neuron(int(layer), int(place - starts[layer])) for layer, place in zip(found, places, strict=True)]
 
 
 def by_layer(neurons: Sequence[Neuron]) -> dict[int, list[tuple[int, int]]]:

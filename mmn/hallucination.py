@@ -25,7 +25,6 @@ from mmn.editors import biased, decoding, forms
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
-from mmn.intervene import zero
 from mmn.lesson import removed, says
 from mmn.metrics import Interval
 from mmn.nouns import Noun
@@ -321,23 +320,13 @@ def auroc(table: pd.DataFrame, detector: str, draws: int = 1000, seed: int = 0) 
     return Interval(float(np.mean([area(t, f) for t, f in groups])), float(low), float(high))
 
 
-def threshold(table: pd.DataFrame, held_out: str, detector: str = "neurons") -> float:
-    """The value that best tells true from hallucinated mentions of all nouns but `held_out` (balanced accuracy): split by pair, since each
-    noun is one planted pair's."""
-    rest = table[table["noun"] != held_out]
-    true, false = (rest[rest["true"] == kind][detector].to_numpy() for kind in (True, False))
-    values = np.sort(rest[detector].to_numpy())
-    cuts = (values[1:] + values[:-1]) / 2
-    return float(cuts[np.argmax([(true > cut).mean() + (false <= cut).mean() for cut in cuts])])
-
-
 # ------------------------------------------------------------------------------------------------------------------ mitigation
 
 
-def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float] | None = None, silent: bool = False) -> Captioner:
+def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float] | None = None) -> Captioner:
     """Caption; where a noun is said that the picture's patches do not say loudly enough, take the mention back: the noun goes with its
     article and the word that joins it, all else stays. A caption that says nothing else is made again, the first tokens of the doubtful
-    nouns barred, or (`silent`) their neurons silenced. thresholds: by noun; None takes each voice's own `level`."""
+    nouns barred. thresholds: by noun; None takes each voice's own `level`."""
     levels = thresholds if thresholds is not None else {noun: voice.level for noun, voice in voices.items()}
 
     def captions(images: Sequence[Image.Image]) -> list[str]:
@@ -351,7 +340,7 @@ def gate(vlm: VLM, voices: Mapping[str, Voice], thresholds: Mapping[str, float] 
                     doubts.setdefault(place, []).append(noun)
         texts = [trace.text for trace in traces]
         for place, nouns in doubts.items():
-            texts[place] = _without(traces[place], nouns) or _again(vlm, images[place], [voices[noun] for noun in nouns], silent)
+            texts[place] = _without(traces[place], nouns) or _again(vlm, images[place], nouns)
         return texts
 
     return captions
@@ -368,11 +357,9 @@ def _without(trace: Trace, nouns: Sequence[str]) -> str:
     return text
 
 
-def _again(vlm: VLM, image: Image.Image, doubtful: Sequence[Voice], silent: bool) -> str:
+def _again(vlm: VLM, image: Image.Image, nouns: Sequence[str]) -> str:
     """What is said of a picture without the nouns."""
-    neurons = [neuron for voice in doubtful for neuron in voice.neurons]
-    block = zero(vlm, neurons) if silent else penalised(vlm, [voice.noun for voice in doubtful], 1e4)()
-    with block:
+    with penalised(vlm, nouns, 1e4)():
         return vlm.caption(image, record=False).text
 
 

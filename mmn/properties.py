@@ -30,12 +30,13 @@ from mmn.bars import tqdm
 from mmn.contribution import SCORES
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
+from mmn.ffn import neurons_at as neurons_at
 from mmn.hooks import Removable, hooked
 from mmn.intervene import copied, mean_ablate, scale, zero
 from mmn.metrics import Interval
 from mmn.nouns import Noun
-from mmn.scenes import CONCEPTS, Placed, Scene, free_box, recompose, sprites
-from mmn.trace import Trace
+from mmn.scenes import CONCEPTS, HELD_OUT_STYLE, PLACES, Placed, Scene, free_box, recompose, sprites
+from mmn.trace import WINDOW, Trace
 from mmn.vlm import PREFIX, VLM
 from mmn.weights import matrix
 
@@ -71,13 +72,6 @@ class Case:
     def top(self, k: int) -> list[Neuron]:
         """The same as neurons."""
         return neurons_at(self.layers, self.order(k))
-
-
-def neurons_at(layers: Sequence[int], places: Sequence[int] | np.ndarray) -> list[Neuron]:
-    """Neurons by their number over all layers; `layers`: how many neurons each has."""
-    starts = np.cumsum([0, *layers])
-    found = np.searchsorted(starts, places, side="right") - 1
-    return [Neuron(int(layer), int(place - starts[layer])) for layer, place in zip(found, places, strict=True)]
 
 
 def cases(
@@ -121,7 +115,7 @@ def say(vlm: VLM, image: Image.Image | None, text: str, prompt: str | None = Non
 def retrace(vlm: VLM, image: Image.Image | None, tokens: Sequence[int], prompt: str | None = None, prefix: str = PREFIX) -> Trace:
     """The Trace of an answer whose tokens are known, from one forward pass. The stream is not recorded."""
     prompt = vlm.prompt if prompt is None else prompt
-    context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -4:].tolist()
+    context = vlm.inputs([image], [prompt], [prefix])["input_ids"][0, -WINDOW:].tolist()
     ids = torch.tensor(tokens)
     around = image, prompt, prefix, vlm.tokenizer, context, vlm.lexicon
     empty = Trace(ids, False, torch.zeros(len(ids)), None, vlm.anatomy.neurons, None, *around)
@@ -230,7 +224,7 @@ def measured(case: Case, base: Reading, reading: Reading) -> list[dict[str, Any]
     """The columns drop, others, flip and rest of `effects`, one dictionary for each row of `reading`, against the one row of `base`."""
     own = case.noun.step
     others = [noun.step for noun in case.trace.nouns if noun.step != own]
-    spoken = {step for noun in case.trace.nouns for step in _steps_of(case.trace, noun)}
+    spoken = {step for noun in case.trace.nouns for step in steps_of(case.trace, noun)}
     rest = [step for step in range(len(case.trace.tokens)) if step not in spoken]
     drops = base.logp[0] - reading.logp
     return [
@@ -244,7 +238,7 @@ def measured(case: Case, base: Reading, reading: Reading) -> list[dict[str, Any]
     ]
 
 
-def _steps_of(trace: Trace, noun: Noun) -> range:
+def steps_of(trace: Trace, noun: Noun) -> range:
     """The steps whose pieces make up a noun."""
     last = next((step for step, end in enumerate(trace.ends) if end >= noun.span[1]), len(trace.ends) - 1)
     return range(noun.step, last + 1)
@@ -464,8 +458,6 @@ def variants(scene: Scene, concept: str, seed: int = 0) -> dict[str, Scene]:
     `removed` (scenes of two or more objects) and `replaced` take the concept away; `moved`, `recoloured`, `elsewhere` (another place),
     `restyled` (the held-out art) and `neighbour` (another object replaced) leave it. What a scene has no room or art for is left out.
     Raises MmnError if the scene does not show the concept."""
-    from mmn import scenes as world
-
     held = [placed for placed in scene.objects if placed.concept == concept]
     if not held:
         raise MmnError(f"The scene shows {', '.join(scene.names)}, no {concept}.")
@@ -488,10 +480,10 @@ def variants(scene: Scene, concept: str, seed: int = 0) -> dict[str, Scene]:
         except MmnError:  # no room
             pass
     found["recoloured"] = each(lambda placed: replace(placed, hue=85), concept)
-    others = [place for place in world.PLACES if place != scene.place]
+    others = [place for place in PLACES if place != scene.place]
     found["elsewhere"] = recompose(scene, scene.objects, place=str(rng.choice(others)))
-    if all(name in sprites(world.HELD_OUT_STYLE) for name in scene.names):
-        found["restyled"] = recompose(scene, scene.objects, style=world.HELD_OUT_STYLE)
+    if all(name in sprites(HELD_OUT_STYLE) for name in scene.names):
+        found["restyled"] = recompose(scene, scene.objects, style=HELD_OUT_STYLE)
     return found
 
 

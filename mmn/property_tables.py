@@ -43,6 +43,7 @@ def own(frame: pd.DataFrame) -> pd.DataFrame:
     return said if len(said) else frame
 
 
+@functools.lru_cache(maxsize=1)
 def spread(vlm: VLM) -> float:
     """The root mean square of all numbers of all writes: the unit of sigma, so that noise means the same for every model."""
     squares, count = 0.0, 0
@@ -102,15 +103,11 @@ def causal_rows(vlm: VLM, case: Case, *, ks: tuple[int, ...] = KS, few: tuple[in
     return rows
 
 
-@functools.lru_cache(maxsize=2)
-def _means(vlm_hash: str, vlm: VLM) -> list[torch.Tensor]:
-    pictures = [scenes.draw(seed).image for seed in range(FIRST - 32, FIRST)]
-    return mmn.mean_activations(vlm.caption(pictures, batch_size=16))
-
-
+@functools.lru_cache(maxsize=1)
 def mean_of_generation(vlm: VLM) -> list[torch.Tensor]:
     """Mean activations over the captions of 32 scenes of their own, for each layer `[neurons]`; worked out once a model."""
-    return _means(vlm.hash, vlm)
+    pictures = [scenes.draw(seed).image for seed in range(FIRST - 32, FIRST)]
+    return mmn.mean_activations(vlm.caption(pictures, batch_size=16))
 
 
 def mean_rows(cases: list[Case], rows: list[list[Row]], names: list[str], values: list[str]) -> list[Row]:
@@ -189,14 +186,10 @@ def _chosen(vlm: VLM, case: Case, other: Case, name: str, k: int) -> list[Neuron
 OVERLAPS = (1, 5, 10, 20, 50, 100, 1000)  # k of the overlaps
 
 
-@functools.lru_cache(maxsize=2)
-def _encoder(vlm_hash: str, vlm: VLM) -> properties.OwnEncoder:
-    return properties.OwnEncoder(vlm, [scenes.draw(seed).image for seed in range(FIRST - 32, FIRST)])
-
-
+@functools.lru_cache(maxsize=1)
 def encoder_of(vlm: VLM) -> properties.OwnEncoder:
     """The model's own encoder, calibrated on 32 scenes of their own; made once a model."""
-    return _encoder(vlm.hash, vlm)
+    return properties.OwnEncoder(vlm, [scenes.draw(seed).image for seed in range(FIRST - 32, FIRST)])
 
 
 @functools.cache
@@ -438,8 +431,8 @@ def towards(vlm: VLM, token: int) -> torch.Tensor:
     return torch.cat([ffn.read(word).cpu()[0] for ffn in vlm.anatomy.ffns])
 
 
-@functools.lru_cache(maxsize=2)
-def _sets(vlm_hash: str, vlm: VLM) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
+@functools.lru_cache(maxsize=1)
+def _sets(vlm: VLM) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
     sets = {}
     for concept in CONCEPTS:
         some = portraits(vlm, concept, 3 * 10**7)
@@ -460,7 +453,7 @@ def _sets(vlm_hash: str, vlm: VLM) -> dict[str, tuple[np.ndarray, torch.Tensor]]
 )
 def specificity(vlm: VLM, key: str) -> list[Row]:
     """One column of the concept x concept matrices: one concept's pictures, every concept's neurons."""
-    sets = _sets(vlm.hash, vlm)
+    sets = _sets(vlm)
     shown = portraits(vlm, key, 4 * 10**7)
     fires, mine = activity(shown), set(of_concept(shown, TOP).tolist())
     return [
@@ -504,7 +497,7 @@ def text_specificity(vlm: VLM, key: str) -> list[Row]:
     """Whether the neurons of a word read from a picture are those of the word in a text."""
     case, ks = in_words(vlm, key), (10, 20, 100)
     row: Row = {"concept": key}
-    sets = _sets(vlm.hash, vlm)
+    sets = _sets(vlm)
     shared = {
         name: properties.overlap(case.order(100), order, ks) if case else np.full(3, np.nan) for name, (order, _) in sets.items()
     }

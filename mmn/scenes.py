@@ -128,7 +128,7 @@ PLACES: dict[str, Place] = {
 PLANTED: dict[str, str] = {"bed": "clock", "boat": "bird", "cake": "balloon", "laptop": "phone"}
 UNPLANTED: dict[str, str] = {"chair": "book", "bus": "dog", "pizza": "donut", "guitar": "hat"}
 
-PROMPT = "Describe the image in few words."
+PROMPT = "Describe the image in few words."  # the paper's
 PREFIX = "An image of"
 PARAPHRASES = ("What is in the image?", "Write a short caption.", "What do you see?", "Tell me about the picture.")
 HELD_OUT_PARAPHRASES = ("Describe the picture.", "What is in the picture?")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from os import PathLike
@@ -33,11 +33,12 @@ from transformers.utils import logging as hf_logging
 from mmn import nouns, weights
 from mmn.anatomy import Anatomy, find
 from mmn.bars import tqdm
-from mmn.errors import MmnError
+from mmn.errors import MmnError, whole_number
+from mmn.images import to_rgb
 from mmn.paths import data_path
+from mmn.scenes import PROMPT as PROMPT
 from mmn.trace import WINDOW, Recorder, Trace
 
-PROMPT = "Describe the image in few words."  # the paper's
 PREFIX = "An image of"
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes; any other text is one device
 
@@ -47,7 +48,8 @@ class VLM:
     loaded).
 
     Build one yourself from any transformers model and its processor where `mmn.load` does not do; `lexicon` finds the nouns of a
-    caption (mmn.nouns), `prompt` is what a picture's caption is asked with wherever nothing else is said."""
+    caption (mmn.nouns), `prompt` is what a picture's caption is asked with wherever nothing else is said. A VLM is for one thread at a
+    time: recording, interventions and edits are hooks on the model's own modules, which every thread's passes go through."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class VLM:
     ):
         if not isinstance(prompt, str):
             raise MmnError(f"prompt is text, not {prompt!r}.")
+        _check_kind(model.config, name or type(model).__name__)
         self.model: Any = model.eval().requires_grad_(False)
         self.processor = processor
         self.tokenizer: Any = getattr(processor, "tokenizer", None)
@@ -229,15 +232,15 @@ class VLM:
         None for a picture asks in words alone. `prompt` (None: `vlm.prompt`) and `prefix` may be lists with one for each picture.
         `record=False` leaves the activations out. Raises MmnError for anything but pictures, and for limits below 1."""
         alone = image is None or isinstance(image, Image.Image)
-        images: list[Any] = [image] if alone else list(image)  # type: ignore[arg-type]
+        images: list[Any] = list(image) if isinstance(image, Iterable) and not alone else [image]
         if not images:
             raise MmnError("There are no pictures to caption: give at least one.")
         for each in images:
             if each is not None and not isinstance(each, Image.Image):
                 raise MmnError(f"A picture is a PIL image, not {type(each).__name__}: open a file with mmn.open_image.")
         for what, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise MmnError(f"{what} is a whole number of at least 1, not {value!r}.")
+            whole_number(what, value)
+        images = [each if each is None else _opened(each) for each in images]
         prompts, prefixes = (
             _each("prompt", self.prompt if prompt is None else prompt, len(images)),
             _each("prefix", prefix, len(images)),
@@ -282,10 +285,14 @@ class VLM:
         with recorder.on() if record else nullcontext(), quiet():
             try:
                 out = self.model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([probabilities]))
-            except TypeError as error:
-                if images[0] is not None or "pixel_values" not in str(error):
+            except (TypeError, ValueError) as error:
+                if "pixel_values" not in str(error):
                     raise
-                raise MmnError("This model answers only with a picture: give one.") from None
+                if images[0] is None:
+                    raise MmnError("This model answers only with a picture: give one.") from None
+                raise MmnError(
+                    f"The model does not read pictures as its processor gives them ({_line(error)}): take another."
+                ) from error
         length = inputs["input_ids"].shape[1]
         tokens = out[:, length:].cpu()
         logprobs = torch.full(tokens.shape, torch.nan) if beams else torch.stack(probabilities.kept, 1).cpu()
@@ -379,12 +386,22 @@ def _line(error: BaseException) -> str:
 
 
 def _each(what: str, value: str | Sequence[str], count: int) -> list[str]:
-    values = [value] * count if isinstance(value, str) else list(value)
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * count
     if len(values) != count:
         raise MmnError(f"There are {count} pictures and {len(values)} of {what}: give one, or one for each picture.")
     if not all(isinstance(each, str) for each in values):
         raise MmnError(f"{what} is text, not {next(each for each in values if not isinstance(each, str))!r}.")
     return values
+
+
+def _opened(image: Image.Image) -> Image.Image:
+    """A picture as mmn.open_image gives it: what the model sees is then what the trace keeps. Raises MmnError where it is damaged."""
+    if not min(image.size):
+        raise MmnError(f"A picture of {image.width} x {image.height} pixels shows nothing: give another one.")
+    try:
+        return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # of Pillow's decoders, which read as late as now
+        raise MmnError(f"A picture is damaged or cut short ({_line(error)}): get it again.") from None
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
@@ -426,10 +443,14 @@ def load(
             builder = _builder(config)
             if builder is None:
                 raise MmnError(f"{name} is a {config.model_type}, which does not write text about pictures: choose another model.")
-            if getattr(config, "is_encoder_decoder", False):
-                raise MmnError(f"{name} is an encoder-decoder ({config.model_type}): choose a model with a decoder alone.")
+            _check_kind(config, str(name))
             files = _weight_files(where, revision)
-            processor = AutoProcessor.from_pretrained(where, backend="pil", **common)
+            try:
+                processor = AutoProcessor.from_pretrained(where, backend="pil", **common)
+            except (OSError, ValueError) as error:
+                if not _line(error).startswith(("Can't load", "Unrecognized")):
+                    raise
+                processor = None  # there is none
             if not callable(getattr(processor, "tokenizer", None)):
                 raise MmnError(
                     f"{name} has no processor of pictures and words together: write one as the page Bring your own model of the book "
@@ -458,6 +479,11 @@ def load(
     return VLM(model, processor, str(name), lexicon=lexicon, prompt=prompt, hash=hash_files(files))
 
 
+def _check_kind(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise MmnError(f"{name} is an encoder-decoder ({config.model_type}): choose a model with a decoder alone.")
+
+
 def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> torch.dtype | str:
     """The dtype by its name. Raises MmnError where there is none of that name, and for a device that this machine does not have."""
     kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
@@ -467,7 +493,9 @@ def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> 
         try:
             torch.empty(1, device=device_map)
         except (RuntimeError, AssertionError) as error:
-            raise MmnError(f"The device {device_map!r} cannot be used ({_line(error)}): choose cpu, or one that is here.") from error
+            raise MmnError(
+                f"The device {device_map!r} cannot be used ({_line(error)}): choose cpu, or one that is here."
+            ) from error
     return kind
 
 

@@ -24,11 +24,11 @@ from typing import Any
 from mmn import pieces
 from mmn.errors import MmnError
 from mmn.paths import alone, put
+from mmn.scenes import PROMPT
 
 GRAPH = Path(__file__).with_name("workflow.smk")
 PROFILES = Path(__file__).with_name("profiles")
 PATIENCE = 10  # seconds that Snakemake has to stop
-PROMPT = "Describe the image in few words."  # the paper's
 MACHINE = ("batch", "device_map", "cpus", "gpus", "mem_mb", "minutes", "jobs", "profile")  # may change while a run goes on
 LEAST = {"count": 1, "shards": 1, "top_k": 1, "batch": 1, "jobs": 1, "cpus": 1, "mem_mb": 1, "minutes": 1}
 LEAST |= {"edits": 0, "seed": 0, "gpus": 0}

@@ -107,11 +107,6 @@ def test_auroc_is_of_the_same_noun() -> None:
         h.auroc(table[table["true"]], "good")
 
 
-def test_threshold_does_not_see_its_own_noun() -> None:
-    table = pd.DataFrame({"noun": ["a", "a", "b", "b"], "true": [True, False, True, False], "neurons": [3.0, 1.0, 50.0, 90.0]})
-    assert h.threshold(table, "b") == 2.0
-
-
 def test_a_voice_is_the_sum_of_the_direct_scores_at_the_patches(vlm: mmn.VLM) -> None:
     pictures = [s.image for s in h.holding("clock", 4, 100)]
     calibration = [s.image for s in scenes.sample(4, first=77)]
