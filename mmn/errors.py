@@ -10,6 +10,12 @@ class MmnError(ValueError):
     """Bad input: one sentence that says what was wrong and what to do."""
 
 
+def whole_number(what: str, value: Any, least: int = 1) -> None:
+    """Raises MmnError, with a sentence that begins with `what`, for anything but a whole number of at least `least`."""
+    if type(value) is not int or value < least:  # True is an int, too, and never meant as one
+        raise MmnError(f"{what} is a whole number of at least {least}, not {value!r}.")
+
+
 def finite(what: str, value: Any, least: float = -inf, above: float = -inf) -> float:
     """`value` as a float. Raises MmnError, with a sentence that begins with `what`, for anything but a finite number in the bounds."""
     try:
