@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
+from mmn.hooks import uninterrupted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,10 +88,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for name, (module, purpose) in COMMANDS.items():
         front = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
         if name == command:  # the others stay unimported: torch takes seconds
-            home = importlib.import_module(module) if importlib.util.find_spec(module) else None
-            if not hasattr(home, "add_arguments"):
-                raise MmnError(f"This installation's {module} has no command; update it, or leave `mmn {name}` out.")
-            assert home is not None
+            home = importlib.import_module(module)
             home.add_arguments(front)
             front.set_defaults(run=home.run)
     return parser
@@ -267,18 +264,12 @@ def replaced(out: Path) -> Iterator[Path]:
 
 def _swap(fresh: Path, out: Path) -> None:
     """Put `fresh` where `out` is; Ctrl-C waits until it is done."""
-    waiting: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
-    try:
+    with uninterrupted():
         old = fresh.with_name(fresh.name + "-old")
         if out.exists():
             out.rename(old)
         fresh.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if waiting:
-        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -683,9 +683,3 @@ def run(args: argparse.Namespace) -> int:
     train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, vision=args.vision, device=args.device,
           workers=args.workers)  # fmt: skip
     return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    raise SystemExit(run(parser.parse_args()))
