@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mmn.bars import tqdm
-from mmn.errors import MmnError
+from mmn.errors import MmnError, whole_number
 from mmn.paths import data_path, put
 
 if TYPE_CHECKING:
@@ -92,7 +93,10 @@ def write(
     of another model's is thrown away."""
     chosen, folder = get(name), folder or data_path("results")
     if first is not None:
+        whole_number("first", first)
         chosen = replace(chosen, keys=chosen.keys[:first])
+    if not re.fullmatch(r"[\w-]*", label):
+        raise MmnError(f"A label is letters, digits, _ and -, as part of a file's name, not {label!r}.")
     stem = f"{name}.{label}" if label else name
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{stem}.part"
@@ -156,6 +160,7 @@ def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None
     """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one,
     and for each key with other columns: text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest
     value, and all within the table's slack."""
+    whole_number("check", count)
     chosen, stored = get(name), read(name, vlm, folder=folder)
     numbers = pd.Series(range(len(chosen.keys))).sample(min(count, len(chosen.keys)), random_state=seed)
     faults = []
@@ -209,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     vlm = mmn.load(args.model)
     faults: list[str] = []
     for name in names:
-        if args.check:
+        if args.check is not None:
             faults += check(name, vlm, args.check, args.seed, args.out)
         else:
             print(f"{name}: {len(write(name, vlm, label=args.label, first=args.first, folder=args.out))} rows")

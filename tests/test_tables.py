@@ -1,5 +1,6 @@
 """Slow tables: written whole or not at all, gone on with after a stop, refused for another model, rechecked cell by cell."""
 
+import argparse
 import json
 import subprocess
 from pathlib import Path
@@ -52,6 +53,22 @@ def test_a_stopped_table_goes_on_where_it_was_and_ends_the_same(squares, tmp_pat
     for name in ("squares.csv", "squares.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "squares.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"first": 0}, "first is a whole number of at least 1, not 0"),
+        ({"check": 0}, "check is a whole number of at least 1, not 0"),
+        ({"label": "../x"}, "A label is letters"),
+    ],
+)
+def test_options_that_make_no_sense_write_nothing(squares, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.setattr(mmn, "load", lambda name: Model())
+    asked = {"names": ["squares"], "model": "", "label": "", "first": None, "check": None, "seed": 0, "list": False, **options}
+    with pytest.raises(MmnError, match=sentence):
+        tables.run(argparse.Namespace(**asked, out=tmp_path / "tables"))
+    assert not squares[0] and not list(tmp_path.iterdir())
 
 
 def test_another_models_part_and_table_are_not_used(squares, tmp_path):
