@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Anatomy:
         """Raises MmnError if one of the neurons is not in this model."""
         sizes = self.neurons
         for neuron in neurons:
-            if not (isinstance(neuron, tuple) and len(neuron) == 2):
+            if not (isinstance(neuron, tuple) and len(neuron) == 2 and all(isinstance(each, Integral) for each in neuron)):
                 raise MmnError(f"{neuron!r} is no neuron: give mmn.Neuron(layer, unit).")
             layer, unit = neuron
             if not (0 <= layer < len(sizes) and 0 <= unit < sizes[layer]):
@@ -121,6 +122,11 @@ def find(model: Any) -> Anatomy:
     unembedding = _unembedding(model)
     hidden = unembedding.in_features
     probe = _Probe(model, hidden)
+    last = next(reversed(probe.outputs.values()), None) if probe.logits is None else probe.logits
+    if last is not None and not (last < torch.inf).all():  # nor for nan; some models bar words by -inf
+        raise MmnError(
+            "The model gives no finite numbers: its weights are damaged, or float16 overflows (then load it as bfloat16)."
+        )
     stack, ffns = _ffns(probe, hidden)
     names = ("image_token_id", "image_token_index", "video_token_index")  # the last where pictures are read as short films
     token = next((token for name in names if (token := getattr(model.config, name, None)) is not None), None)
