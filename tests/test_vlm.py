@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import mplug_owl2
+import numpy as np
 import pytest
 import real
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import mmn
@@ -131,6 +133,28 @@ def test_what_a_checkpoint_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", missing)
     assert "it needs torchvision, which is not installed" in refusal(mmn.load, folder)
+
+
+def test_a_checkpoint_without_a_processor(copy: Path) -> None:
+    (copy / "processor_config.json").unlink()
+    assert "no processor of pictures and words together" in refusal(mmn.load, copy)
+
+
+def test_models_of_other_kinds() -> None:
+    processor = tiny.llava_parts()[1]
+    both = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    assert "T5ForConditionalGeneration is an encoder-decoder" in refusal(mmn.VLM, both, processor)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    words = mmn.VLM(tiny.randomise(LlamaForCausalLM(LlamaConfig(vocab_size=len(processor.tokenizer), **size))), processor)
+    assert "does not read pictures" in refusal(words.caption, tiny.pictures(1)[0], "hi")
+    assert isinstance(words.answer("hi", max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(value: float) -> None:
+    model, processor = tiny.llava_parts()
+    model.model.language_model.layers[1].mlp.down_proj.weight.data *= value
+    assert "no finite numbers" in refusal(mmn.VLM, model, processor)
 
 
 def test_no_tokenizer() -> None:
@@ -277,13 +301,42 @@ def test_caption_refuses() -> None:
     vlm, image = tiny.vlm(), tiny.pictures(1)[0]
     assert "no pictures" in refusal(vlm.caption, [])
     assert "PIL image, not str" in refusal(vlm.caption, ["dog.jpg"])
+    assert "PIL image, not int" in refusal(vlm.caption, 5)
+    assert "PIL image, not PosixPath" in refusal(vlm.caption, Path("dog.jpg"))
+    assert "prompt is text, not 5" in refusal(vlm.caption, image, 5)
+    assert "prefix is text, not None" in refusal(vlm.caption, image, prefix=None)
     for option in ("max_new_tokens", "batch_size"):
-        for value in (0, -1, 1.5):
+        for value in (0, -1, 1.5, True):
             assert option in refusal(vlm.caption, image, **{option: value})
     assert "2 pictures and 3 of prompt" in refusal(vlm.caption, [image] * 2, ["a", "b", "c"])
     assert "prompt is text" in refusal(vlm.caption, [image], [1])
     assert "at most 256" in refusal(vlm.caption, image, "a " * 400)
     assert "refuses" in refusal(vlm.caption, image, "<image> twice")
+
+
+def test_pictures_are_taken_as_open_image_gives_them(tmp_path: Path) -> None:
+    """16 bits, an alpha channel, a palette, and a photo that its EXIF data turns."""
+    noise = np.random.default_rng(0).integers(0, 65536, (40, 30))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = [
+        Image.fromarray(noise.astype(np.uint16)), Image.fromarray(np.dstack([noise % 256] * 4).astype(np.uint8), "RGBA"),
+        tiny.pictures(1)[0].convert("P"), tiny.pictures(1, size=(40, 30))[0],
+    ]  # fmt: skip
+    for number, picture in enumerate(pictures):
+        file = tmp_path / f"{number}.png"
+        picture.save(file, exif=turned if number == 3 else None)
+        opened, trace = mmn.open_image(file), tiny.vlm().caption(Image.open(file), max_new_tokens=2)
+        assert trace.image is not None and trace.image.size == opened.size
+        assert trace.image.tobytes() == opened.tobytes(), file
+        same(trace, tiny.vlm().caption(opened, max_new_tokens=2), bits=True)
+
+
+def test_pictures_without_pixels_are_refused(tmp_path: Path) -> None:
+    tiny.pictures(1)[0].save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    assert "damaged or cut short" in refusal(tiny.vlm().caption, Image.open(tmp_path / "cut.jpg"))
+    assert "0 x 5 pixels" in refusal(tiny.vlm().caption, Image.new("RGB", (0, 5)))
 
 
 def test_without_a_chat_template() -> None:
