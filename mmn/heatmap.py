@@ -16,6 +16,7 @@ from mmn.anatomy import image_grid
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
+from mmn.intervene import Shuffle
 from mmn.trace import Trace
 from mmn.vlm import VLM
 
@@ -54,9 +55,10 @@ class Heatmap:
         return values > np.nanpercentile(values, percentile)
 
     def restored(self, permutation: Tensor) -> Heatmap:
-        """A heatmap made while `mmn.shuffle_image_tokens` moved the image tokens, each cell put back where its patch is."""
+        """A heatmap made while `mmn.shuffle_image_tokens` moved the image tokens, each cell put back where its patch is. Raises
+        MmnError for a permutation of other tokens than the picture's."""
         flat = torch.empty_like(self.grid.flatten(1))
-        flat[:, permutation] = self.grid.flatten(1)
+        flat[:, Shuffle(permutation, 0).of(flat.shape[1])] = self.grid.flatten(1)
         return Heatmap(self.neurons, flat.reshape(self.grid.shape), self.size, self.box)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmn.errors import MmnError
+from mmn.errors import MmnError, finite, whole_number
 from mmn.ffn import Neuron, Watcher, by_layer
 from mmn.hooks import Removable, hooked
 from mmn.trace import Trace
@@ -77,14 +77,16 @@ def zero(vlm: VLM, neurons: Chosen) -> AbstractContextManager[None]:
 
 def scale(vlm: VLM, neurons: Chosen, factor: float) -> AbstractContextManager[None]:
     """With the neurons' activations multiplied by `factor` at all positions."""
-    return _affine(vlm, neurons, float(factor))
+    return _affine(vlm, neurons, finite("factor is", factor))
 
 
 def mean_ablate(vlm: VLM, neurons: Chosen, means: Sequence[Tensor]) -> AbstractContextManager[None]:
     """With the neurons' activations replaced, at all positions, by their mean: for each layer `[neurons]`, such as
     `mean_activations` gives. Raises MmnError for means of other shapes."""
-    if [len(each) for each in means] != vlm.anatomy.neurons:
-        raise MmnError("The means have other numbers of neurons than this model: take them from its own captions.")
+    if means is None or [len(each) for each in means] != vlm.anatomy.neurons:
+        raise MmnError(
+            "Means are a tensor a layer, these have other numbers of neurons: take mmn.mean_activations of the model's own captions."
+        )
     return _affine(vlm, neurons, 0.0, means)
 
 
@@ -92,19 +94,25 @@ def mean_activations(traces: Sequence[Trace]) -> list[Tensor]:
     """Mean activations over the steps of some captions, each caption counting the same: for each layer float32 `[neurons]`.
 
     Raises MmnError if there is none, or one was not recorded."""
-    if not traces or any(not trace.recorded or not len(trace.tokens) for trace in traces):
-        raise MmnError("Means come from captions with recorded activations: give at least one, made with recording on.")
+    if isinstance(traces, Trace) or not traces or any(not trace.recorded or not len(trace.tokens) for trace in traces):
+        raise MmnError("Means come from captions with recorded activations: give a list of at least one, made with recording on.")
     layers = range(len(traces[0].activations))
     return [torch.stack([trace.activations[layer].mean(0) for trace in traces]).mean(0) for layer in layers]
+
+
+def _generator(seed: int) -> torch.Generator:
+    try:
+        return torch.Generator().manual_seed(seed)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise MmnError(f"seed is a whole number below 2**63, not {seed!r}.") from None
 
 
 @contextmanager
 def perturb(vlm: VLM, neurons: Sequence[Neuron], sigma: float, seed: int = 0) -> Iterator[None]:
     """With N(0, 1) * sigma added to every number of the neurons' writes (the paper's release), drawn in float32 on the CPU."""
-    if not sigma >= 0:
-        raise MmnError(f"sigma is a standard deviation, at least 0, not {sigma!r}.")
+    sigma = finite("sigma is a standard deviation,", sigma, least=0)
     vlm.anatomy.check(neurons)
-    noise = torch.randn(len(neurons), vlm.hidden, generator=torch.Generator().manual_seed(seed)) * sigma
+    noise = torch.randn(len(neurons), vlm.hidden, generator=_generator(seed)) * sigma
     with added(vlm, neurons, noise):
         yield
 
@@ -139,15 +147,15 @@ class Shuffle:
     """The permutation of the image tokens in use, int64 `[image tokens]`; None until the first picture."""
 
     def __init__(self, permutation: Tensor | None, seed: int):
-        if permutation is not None and sorted(torch.as_tensor(permutation).tolist()) != list(range(len(permutation))):
+        self.permutation = None if permutation is None else torch.as_tensor(permutation).reshape(-1)
+        if self.permutation is not None and sorted(self.permutation.tolist()) != list(range(len(self.permutation))):
             raise MmnError("A permutation names every position from 0 once, in any order.")
-        self.permutation = None if permutation is None else torch.as_tensor(permutation)
         self.seed = seed
 
     def of(self, count: int) -> Tensor:
         """The permutation for `count` tokens. Raises MmnError if the one given has another length."""
         if self.permutation is None:
-            self.permutation = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+            self.permutation = torch.randperm(count, generator=_generator(self.seed))
         if len(self.permutation) != count:
             raise MmnError(f"The permutation has {len(self.permutation)} entries and the picture {count} tokens.")
         return self.permutation
@@ -196,9 +204,8 @@ def same_layer_random(vlm: VLM, neurons: Sequence[Neuron], draws: int = 20, seed
 
     Raises MmnError if a layer has too few others."""
     vlm.anatomy.check(neurons)
-    if not isinstance(draws, int) or draws < 1:
-        raise MmnError(f"draws is a whole number of at least 1, not {draws!r}.")
-    generator = torch.Generator().manual_seed(seed)
+    whole_number("draws", draws)
+    generator = _generator(seed)
     groups = by_layer(neurons)
     others = {}
     for layer, group in groups.items():

@@ -28,19 +28,19 @@ def says(trace: Trace, noun: str) -> bool:
 
 
 def captions(
-    vlm: VLM, images: Image.Image | Sequence[Image.Image], source: str, keep: Sequence[Image.Image], texts: Sequence[str],
-    prompt: str | Sequence[str] | None, prefix: str, limit: int, record: bool,
+    vlm: VLM, images: Image.Image | Sequence[Image.Image], source: str, keep: Image.Image | Sequence[Image.Image],
+    texts: Sequence[str], prompt: str | Sequence[str] | None, prefix: str, limit: int, record: bool,
 ) -> tuple[list[Trace], list[Trace]]:  # fmt: skip
     """What the model says of the pictures where it says the source, and of what is to be kept."""
     prompt = vlm.prompt if prompt is None else prompt
     prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
-    given = [images] if isinstance(images, Image.Image) else list(images)
+    given, keep = ([each] if isinstance(each, Image.Image) else list(each) for each in (images, keep))
     traces = vlm.caption(given, [next(prompts) for _ in given], prefix, limit, record=record)
     said = [trace for trace in traces if says(trace, source)]
     if not said:
         found = "; ".join(sorted({repr(trace.text) for trace in traces})[:3])
         raise MmnError(f"No caption of these {len(given)} pictures says {source!r} (they say {found}): choose other pictures.")
-    kept = vlm.caption(list(keep), [next(prompts) for _ in keep], prefix, limit, record=record) if keep else []
+    kept = vlm.caption(keep, [next(prompts) for _ in keep], prefix, limit, record=record) if keep else []
     kept += vlm.caption([None] * len(texts), list(texts), "", limit, record=record) if texts else []
     return said, kept
 

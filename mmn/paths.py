@@ -28,6 +28,8 @@ def whole(path: Path) -> Iterator[Path]:
     leaves it behind, as `.NAME.PID.part`.
 
     Raises MmnError where nothing can be written, such as on a full disk."""
+    if not path.name:
+        raise MmnError(f"{str(path)!r} names no file: give a name.")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

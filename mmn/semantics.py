@@ -40,7 +40,7 @@ def top_token_ids(vlm: VLM, neurons: Sequence[Neuron], k: int = 10) -> tuple[Ten
     neurons."""
     unembedding = matrix(vlm.anatomy.unembedding)
     words = min(unembedding.shape[0], len(vlm.tokenizer))  # some models pad their vocabulary with rows that mean nothing
-    if not isinstance(k, int) or not 1 <= k <= words:
+    if type(k) is not int or not 1 <= k <= words:
         raise MmnError(f"k is a number of tokens between 1 and {words}, not {k!r}.")
     vlm.anatomy.check(neurons)
     ids, weights = [torch.empty(0, k, dtype=torch.int64)], [torch.empty(0, k)]

@@ -362,6 +362,8 @@ def test_refuses() -> None:
         (lambda: mmn.rank(vlm, trace, trace.nouns[0], k=0), "between 1 and 72, not 0"),
         (lambda: mmn.rank(vlm, trace, trace.nouns[0], k=73), "between 1 and 72, not 73"),
         (lambda: mmn.rank(vlm, trace, trace.nouns[0], k=2.5), "not 2.5"),
+        (lambda: mmn.rank(vlm, trace, trace.nouns[0], k=True), "not True"),
+        (lambda: mmn.rank(vlm, trace, trace.nouns[0], score=["direct"]), "no score"),
         (lambda: mmn.rank(vlm, vlm.caption(image, record=False), trace.nouns[0]), "record=False"),
         (lambda: mmn.rank(tiny.llava(intermediate_size=32), trace, trace.nouns[0]), "another model"),
     ]
@@ -400,9 +402,21 @@ def test_top_tokens_keeps_the_space_of_a_word() -> None:
     assert " image" in words
 
 
+def test_a_ranking_stands_for_its_neurons() -> None:
+    vlm, trace = caption()
+    ranking = mmn.rank(vlm, trace, trace.nouns[0], k=3)
+    assert mmn.top_tokens(vlm, ranking).equals(mmn.top_tokens(vlm, ranking.neurons))
+    assert torch.equal(mmn.heatmap(vlm, trace, ranking).grid, mmn.heatmap(vlm, trace, ranking.neurons).grid)
+    image = tiny.pictures(1)[0]
+    with mmn.zero(vlm, ranking):
+        zeroed = vlm.caption(image, max_new_tokens=2).stream
+    with mmn.zero(vlm, ranking.neurons):
+        assert torch.equal(vlm.caption(image, max_new_tokens=2).stream, zeroed)
+
+
 def test_top_tokens_refuses() -> None:
     vlm = tiny.vlm()
-    for k in (0, 10**6, "3"):
+    for k in (0, 10**6, "3", True):
         with pytest.raises(mmn.MmnError, match="k is a number of tokens"):
             mmn.top_tokens(vlm, [mmn.Neuron(0, 0)], k=k)  # type: ignore[arg-type]
     for neuron in (mmn.Neuron(3, 0), mmn.Neuron(0, 24), mmn.Neuron(-1, 0), mmn.Neuron(0, -1)):

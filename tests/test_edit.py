@@ -268,8 +268,11 @@ def test_files_refuse(tmp_path: Path) -> None:
     assert edit.save(tmp_path / "new" / "folder" / "e.safetensors").is_file()
     with pytest.raises(mmn.MmnError, match="could not be written"):
         edit.save(tmp_path / "new" / "folder" / "e.safetensors" / "e.safetensors")
-    with pytest.raises(mmn.MmnError, match="There is no edit"):
-        Edit.load(tmp_path / "missing.safetensors")
+    with pytest.raises(mmn.MmnError, match="names no file"):
+        edit.save("")
+    for missing in (tmp_path / "missing.safetensors", None):
+        with pytest.raises(mmn.MmnError, match="There is no edit"):
+            Edit.load(missing)  # type: ignore[arg-type]
     (tmp_path / "bad.safetensors").write_bytes(b"not at all")
     with pytest.raises(mmn.MmnError, match="damaged or no edit"):
         Edit.load(tmp_path / "bad.safetensors")
@@ -523,6 +526,16 @@ def test_what_stays_is_compared_with_the_own_caption_read_as_it_was(talking: mmn
     assert not torch.allclose(own, read, atol=1e-3), "the new caption is read otherwise"
 
 
+def test_one_picture_to_keep_and_a_ranking_for_its_neurons(talking: mmn.VLM) -> None:
+    images = tiny.pictures(3)
+    ranking = mmn.rank(talking, talking.caption(images[0]), "cat", k=2)
+    edits = [
+        Edit.fit(talking, images[0], "cat", "dog", neurons, keep=keep, steps=1, progress=False)
+        for neurons, keep in ((ranking, images[2]), (ranking.neurons, [images[2]]))
+    ]
+    assert edits[0].neurons == ranking.neurons and torch.equal(edits[0].changes, edits[1].changes)
+
+
 def test_bound_and_basis(talking: mmn.VLM) -> None:
     images, neurons = tiny.pictures(1), [Neuron(1, unit) for unit in range(48)]
     edit = Edit.fit(talking, images, "cat", "dog", neurons, bound=0.3, rate=0.05, steps=8, progress=False)
@@ -603,6 +616,9 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", one, protect=0.1), "protect is a number above 0"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=-1), "steps is a whole number"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=2.5), "steps is a whole number"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, batch_size=0), "batch_size is a whole number of at least 1"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", ["L0.0"]), "is no neuron"),  # type: ignore[list-item]
+        (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(0.0, 0)]), "is no neuron"),  # type: ignore[arg-type]
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=0.0), "rate is Adam's"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=float("nan")), "rate is Adam's"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate="a"), "rate is Adam's"),  # type: ignore[arg-type]

@@ -60,6 +60,8 @@ def test_mask_is_above_the_percentile() -> None:
     for wrong in (-1, 101):
         with pytest.raises(mmn.MmnError, match="between 0 and 100"):
             heat.mask(wrong)
+    with pytest.raises(mmn.MmnError, match="has 2 entries and the picture 16"):
+        heat.restored(torch.tensor([0, 1]))
 
 
 def test_where_the_patch_is() -> None:

@@ -61,8 +61,13 @@ def test_perturbing_is_adding_noise_to_the_weights() -> None:
         torch.testing.assert_close(logits(vlm), expected, rtol=1e-4, atol=1e-5)
     with mmn.perturb(vlm, neurons, 0.0):
         torch.testing.assert_close(logits(vlm), before)
-    with pytest.raises(mmn.MmnError, match="sigma"), mmn.perturb(vlm, neurons, -1):
-        pass
+    cases = [(-1, 0, "sigma"), ("a", 0, "sigma"), (float("inf"), 0, "sigma"), (1.0, 2**70, "seed"), (1.0, "a", "seed")]
+    for sigma, seed, sentence in cases:
+        with pytest.raises(mmn.MmnError, match=f"^{sentence} is"), mmn.perturb(vlm, neurons, sigma, seed):  # type: ignore[arg-type]
+            pass
+    for factor in ("a", float("nan"), None):
+        with pytest.raises(mmn.MmnError, match="factor is a finite number"):
+            mmn.scale(vlm, neurons, factor)  # type: ignore[arg-type]
 
 
 def test_means_take_the_place_of_activations() -> None:
@@ -79,6 +84,10 @@ def test_means_take_the_place_of_activations() -> None:
         mmn.mean_activations(vlm.caption(tiny.pictures(1), record=False))
     with pytest.raises(mmn.MmnError, match="recording"):
         mmn.mean_activations([])
+    with pytest.raises(mmn.MmnError, match="give a list"):
+        mmn.mean_activations(traces[0])  # type: ignore[arg-type]
+    with pytest.raises(mmn.MmnError, match="other numbers"):
+        mmn.mean_ablate(vlm, neurons, None)  # type: ignore[arg-type]
     with pytest.raises(mmn.MmnError, match="other numbers"):
         mmn.mean_ablate(vlm, neurons, means[:2])
 
@@ -111,8 +120,8 @@ def test_no_neurons_and_wrong_ones() -> None:
     before = logits(vlm)
     with mmn.zero(vlm, []):
         assert torch.equal(logits(vlm), before)
-    for wrong in ([Neuron(9, 0)], [[Neuron(0, 0)], [Neuron(0, 24)]]):
-        with pytest.raises(mmn.MmnError, match="no neuron"), mmn.zero(vlm, wrong):
+    for wrong in ([Neuron(9, 0)], [[Neuron(0, 0)], [Neuron(0, 24)]], [Neuron(1.0, 1.5)], "L0.1", [("0", "1")]):
+        with pytest.raises(mmn.MmnError, match="no neuron"), mmn.zero(vlm, wrong):  # type: ignore[arg-type, list-item]
             pass
     assert torch.equal(logits(vlm), before)
 
@@ -179,7 +188,7 @@ def plain(vlm: mmn.VLM, trace: mmn.Trace, neuron: Neuron) -> Tensor:
 
 def test_shuffling_refuses() -> None:
     vlm = tiny.vlm()
-    for wrong in (torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3])):
+    for wrong in (torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), 5):
         with pytest.raises(mmn.MmnError, match="names every position"), mmn.shuffle_image_tokens(vlm, wrong):
             pass
     with pytest.raises(mmn.MmnError, match="has 3 entries and the picture 16"), mmn.shuffle_image_tokens(vlm, torch.arange(3)):
