@@ -240,7 +240,8 @@ class Edit:
         if not isinstance(weights, tuple | list) or len(weights) != 3:
             raise MmnError(f"weights are three numbers, of the norm, of what stays and of saying it twice, not {weights!r}.")
         weights = tuple(finite("each of the weights is", each, least=0) for each in weights)  # type: ignore[assignment]
-        if protect is not None and not (protect > 0 and (keep or texts)):
+        enough = finite("enough is a probability,", enough)
+        if protect is not None and not (finite("protect is", protect) > 0 and (keep or texts)):
             raise MmnError("protect is a number above 0 and needs pictures or texts to keep.")
         started = time.perf_counter()
         prompt = vlm.prompt if prompt is None else prompt

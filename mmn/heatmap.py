@@ -57,6 +57,8 @@ class Heatmap:
     def restored(self, permutation: Tensor) -> Heatmap:
         """A heatmap made while `mmn.shuffle_image_tokens` moved the image tokens, each cell put back where its patch is. Raises
         MmnError for a permutation of other tokens than the picture's."""
+        if permutation is None:
+            raise MmnError("There is no permutation yet: take it from the shuffle after a picture was read under it.")
         flat = torch.empty_like(self.grid.flatten(1))
         flat[:, Shuffle(permutation, 0).of(flat.shape[1])] = self.grid.flatten(1)
         return Heatmap(self.neurons, flat.reshape(self.grid.shape), self.size, self.box)

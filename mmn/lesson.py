@@ -6,7 +6,7 @@ import difflib
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ def captions(
     """What the model says of the pictures where it says the source, and of what is to be kept."""
     prompt = vlm.prompt if prompt is None else prompt
     prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
-    given, keep = ([each] if isinstance(each, Image.Image) else list(each) for each in (images, keep))
+    given, keep = (list(each) if isinstance(each, Iterable) else [each] for each in (images, keep))
     traces = vlm.caption(given, [next(prompts) for _ in given], prefix, limit, record=record)
     said = [trace for trace in traces if says(trace, source)]
     if not said:

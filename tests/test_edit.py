@@ -625,6 +625,10 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", one, rate=1e30), "no finite numbers"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, weights=(float("nan"), 1.0, 1.0)), "weights is a finite"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, weights=(1.0, 2.0)), "weights are three"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, enough="a"), "enough is a probability"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, protect="a"), "protect is a finite number"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, keep=5), "PIL image, not int"),  # type: ignore[arg-type]
+        (lambda: Edit.fit(talking, 5, "cat", "dog", one), "PIL image, not int"),  # type: ignore[arg-type]
         (lambda: Edit.fit(talking, images, "cat", "dog", one, bound=0.0), "bound is the largest norm"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, bound=-1.0), "bound is the largest norm"),
         (lambda: Edit.closed_form(talking, images, "cat", "dog", one, ridge=-1.0), "ridge is a finite number of at least 0"),

@@ -62,6 +62,8 @@ def test_mask_is_above_the_percentile() -> None:
             heat.mask(wrong)
     with pytest.raises(mmn.MmnError, match="has 2 entries and the picture 16"):
         heat.restored(torch.tensor([0, 1]))
+    with pytest.raises(mmn.MmnError, match="no permutation yet"):
+        heat.restored(None)  # type: ignore[arg-type]
 
 
 def test_where_the_patch_is() -> None:
