@@ -25,6 +25,8 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
     frame.
 
     Raises MmnError where there is no such file, it is no picture, it is damaged, or it has more than `max_pixels` pixels."""
+    if not isinstance(path, str | PathLike):
+        raise MmnError(f"A picture is opened by the name of its file, not by {type(path).__name__}.")
     text = readable(path)
     if text.startswith(("http://", "https://")):
         raise MmnError(f"{text} is an address, not a file: download the picture and give the file's name.")

@@ -131,6 +131,7 @@ def test_no_picture(tmp_path: Path) -> None:
     assert "There is no picture" in refused(tmp_path / "missing.jpg")
     assert "is a folder" in refused(tmp_path)
     assert "is an address" in refused("https://example.org/dog.jpg")
+    assert "by the name of its file" in refused(None)
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     assert "is no picture that can be read" in refused(tmp_path / "a.eps"), "no picture may start Ghostscript"
 
