@@ -181,8 +181,10 @@ class Recorder:
 
     def _end_step(self, stream: Tensor) -> None:
         # One copy a step and not one a layer, which goes on beside the computing into memory that a GPU reaches by itself.
-        silent = (stream.new_zeros(len(stream), count) for count in self.anatomy.neurons)
-        whole = torch.cat([self._now.pop(layer, none).to(stream.device) for layer, none in enumerate(silent)], -1)
+        layers = [
+            self._now.pop(layer).to(stream.device) if layer in self._now else stream.new_zeros(len(stream), ffn.neurons)
+            for layer, ffn in enumerate(self.anatomy.ffns)
+        ]
         self._device = stream.device
-        self.steps.append(whole.to("cpu", non_blocking=True))
+        self.steps.append(torch.cat(layers, -1).to("cpu", non_blocking=True))
         self.stream.append(stream[:, -1].detach().clone().to("cpu", non_blocking=True))
