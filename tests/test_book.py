@@ -69,7 +69,7 @@ def test_page(browser: webdriver.Chrome, site: str, page: str) -> None:
     assert not errors, "script errors, or something that is asked for and not there"
     raw = browser.execute_script(
         "return [...document.querySelectorAll('main p, main li, main td')].map(e => e.textContent)"
-        ".filter(t => /^\\s*\\|.*\\|/.test(t) || /\\{(doc|term|cite|ref)\\}/.test(t))"
+        ".filter(t => /^\\s*\\| .*\\|/.test(t) || /\\{(doc|term|cite|ref)\\}/.test(t))"
     )
     assert not raw, f"Markdown that was not rendered: {raw[:2]}"
     images = browser.execute_script(
