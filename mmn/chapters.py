@@ -64,6 +64,7 @@ UNITS = {  # of a column; of a column of one table, as TABLE.COLUMN, or of all i
     "flip": "share of draws in which the noun is the likeliest token no longer",
     "rest": "share of other words that stay the likeliest",
     "norm": "Frobenius norm of the change of weights",
+    "passes": "forward-backward passes that the fit took",
     "ms": "milliseconds",
     "spearman": "rank correlation with the effect on log p",
     "spearman_logit": "rank correlation with the effect on the logit",
