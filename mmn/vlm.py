@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -399,7 +399,9 @@ def _opened(image: Image.Image) -> Image.Image:
     if not min(image.size):
         raise MmnError(f"A picture of {image.width} x {image.height} pixels shows nothing: give another one.")
     try:
-        return to_rgb(image)
+        image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return image if image.mode == "RGB" and not turned and not image.has_transparency_data else to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # of Pillow's decoders, which read as late as now
         raise MmnError(f"A picture is damaged or cut short ({_line(error)}): get it again.") from None
 

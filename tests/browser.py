@@ -48,7 +48,7 @@ def start(profile: Path) -> webdriver.Chrome:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     driver.set_page_load_timeout(120)
-    driver.set_script_timeout(60)
+    driver.set_script_timeout(300)  # axe takes a minute for the longest page
     return driver
 
 
