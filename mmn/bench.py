@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=at_least(1), default=3, help="times each thing is done (default: %(default)s)")
     parser.add_argument("--shapes", nargs="*", default=list(costs.SWEEPS), choices=costs.SWEEPS, metavar="NAME",
                         help=f"random models to compare ways on; no name: none (default: {' '.join(costs.SWEEPS)})")  # fmt: skip
-    parser.add_argument("--atlas", type=at_least(1), metavar="LAYERS",
+    parser.add_argument("--atlas", type=int, metavar="LAYERS",
                         help="only the atlas' peak memory, on random layers of LLaVA-1.5-7B's shape, so many")  # fmt: skip
     parser.add_argument("--study", action="store_true",
                         help="only what `mmn replicate` costs, on random layers of LLaVA-1.5's shapes")  # fmt: skip
