@@ -10,47 +10,8 @@ with mmn.zero(vlm, ranking.neurons):              # what happens without them
     vlm.caption(trace.image)
 """
 
-from mmn.anatomy import Anatomy
-from mmn.contribution import SCORES, NeuronRanking, contributions, rank, rank_all
-from mmn.edit import Edit
-from mmn.errors import MmnError
-from mmn.ffn import Neuron
-from mmn.heatmap import Heatmap, heatmap
-from mmn.images import list_images, open_image
-from mmn.intervene import mean_ablate, mean_activations, perturb, same_layer_random, scale, shuffle_image_tokens, zero
-from mmn.nouns import Noun
-from mmn.paths import data_path
-from mmn.semantics import top_tokens
-from mmn.trace import Trace
-from mmn.vlm import PREFIX, PROMPT, VLM, load
+import lazy_loader
 
-__all__ = [
-    "PREFIX",
-    "PROMPT",
-    "SCORES",
-    "VLM",
-    "Anatomy",
-    "Edit",
-    "Heatmap",
-    "MmnError",
-    "Neuron",
-    "NeuronRanking",
-    "Noun",
-    "Trace",
-    "contributions",
-    "data_path",
-    "heatmap",
-    "load",
-    "mean_ablate",
-    "mean_activations",
-    "list_images",
-    "open_image",
-    "perturb",
-    "rank",
-    "rank_all",
-    "same_layer_random",
-    "scale",
-    "shuffle_image_tokens",
-    "top_tokens",
-    "zero",
-]
+# What the package gives is listed in __init__.pyi, and imported when it is first used: torch and transformers take seconds, which
+# a command that only prints its help need not wait for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

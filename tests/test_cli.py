@@ -175,3 +175,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave.value.code == 0
     said = capsys.readouterr().out
     assert all(name in said for name in cli.COMMANDS)
+
+
+def test_help_does_not_wait_for_torch_and_functions_are_not_hidden_by_modules() -> None:
+    code = (
+        "import sys, mmn, mmn.cli; parser = mmn.cli._parser(''); assert not {'torch', 'pandas'} & sys.modules.keys(); "
+        "import mmn.heatmap; assert all(not isinstance(getattr(mmn, name), type(sys)) for name in mmn.__all__)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
