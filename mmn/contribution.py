@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -66,10 +67,16 @@ def _at(trace: Trace, nouns: Sequence[Noun]) -> tuple[Tensor, ...]:
     return trace.at([noun.step for noun in nouns]).split(trace.sizes, -1)
 
 
-def _projected(vlm: VLM, activations: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
-    """Activation times inner product with one direction a noun `[nouns, hidden]`: one product a layer reads the weights once."""
+def _products(vlm: VLM, activations: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
+    """Activation times inner product with one direction a noun `[nouns, hidden]`, where each layer's weights are: one product a layer
+    reads them once."""
     inner = [ffn.read(directions) for ffn in vlm.anatomy.ffns]  # all are asked for before the first is waited for
-    return [each.cpu() * active for each, active in zip(inner, activations, strict=True)]
+    return [each * active.to(each.device) for each, active in zip(inner, activations, strict=True)]
+
+
+def _projected(vlm: VLM, activations: Sequence[Tensor], directions: Tensor) -> list[Tensor]:
+    """The same on the CPU."""
+    return [each.cpu() for each in _products(vlm, activations, directions)]
 
 
 def direct(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
@@ -387,7 +394,7 @@ def rank(
     nouns = trace.nouns if noun is None else [trace.noun(noun)]
     if not nouns:
         return {}
-    found = _ranked(vlm, nouns, _scores(vlm, trace, nouns, score), _at(trace, nouns), k, score)
+    found = _ranked(vlm, nouns, _scores(vlm, trace, nouns, score), trace.at([noun.step for noun in nouns]), k, score)
     return {each.noun.lemma: each for each in found} if noun is None else found[0]
 
 
@@ -402,8 +409,9 @@ def rank_all(vlm: VLM, traces: Sequence[Trace], k: int = 10) -> list[dict[str, N
     for start in range(0, len(said), BATCH):
         some = said[start : start + BATCH]
         nouns = [noun for _, noun in some]
-        activations = torch.cat([trace.at([noun.step]) for trace, noun in some]).split(vlm.anatomy.neurons, -1)
-        scores = _projected(vlm, activations, vlm.anatomy.words([noun.token for noun in nouns]))
+        activations = torch.cat([trace.at([noun.step]) for trace, noun in some])
+        words = vlm.anatomy.words([noun.token for noun in nouns])
+        scores = _products(vlm, activations.split(vlm.anatomy.neurons, -1), words)
         rankings += _ranked(vlm, nouns, scores, activations, k, "direct")
     each = iter(rankings)
     return [{noun.lemma: next(each) for noun in trace.nouns} for trace in traces]
@@ -416,11 +424,15 @@ def _check_k(vlm: VLM, k: int) -> None:
 
 
 def _ranked(
-    vlm: VLM, nouns: Sequence[Noun], scores: Sequence[Tensor], activations: Sequence[Tensor], k: int, score: str
+    vlm: VLM, nouns: Sequence[Noun], scores: Sequence[Tensor], activations: Tensor, k: int, score: str
 ) -> list[NeuronRanking]:
-    """One ranking a noun from scores and activations, for each layer `[nouns, neurons]`."""
-    values, places = torch.cat(list(scores), -1).topk(k, -1)
-    active = torch.cat(list(activations), -1).gather(-1, places)
+    """One ranking a noun from scores, for each layer `[nouns, neurons]`, and activations, `[nouns, neurons of all layers]`."""
+    # Each layer's best are picked where its scores are: a GPU gives back k of them and not hundreds of thousands.
+    best = [layer.topk(min(k, layer.shape[-1]), -1) for layer in scores]
+    starts = np.cumsum([0, *vlm.anatomy.neurons]).tolist()
+    values, order = torch.cat([each.values.cpu() for each in best], -1).topk(k, -1)
+    places = torch.cat([each.indices.cpu() + start for each, start in zip(best, starts, strict=False)], -1).gather(-1, order)
+    active = activations.gather(-1, places)
     found = []
     for row, noun in enumerate(nouns):
         neurons = neurons_at(vlm.anatomy.neurons, places[row].tolist())
