@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -284,7 +285,13 @@ def run(args: argparse.Namespace) -> int:
     """`mmn atlas`. Raises MmnError for bad input."""
     from mmn import sources
 
-    pictures = sources.load(args.images, args.count, args.seed)
+    pictures = []
+    for picture in sources.load(args.images, args.count, args.seed):
+        try:
+            picture.open()
+            pictures.append(picture)
+        except MmnError as error:
+            print(f"left out: {error}", file=sys.stderr)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
     found = compute(vlm, pictures, most=args.most, seed=args.seed, batch_size=args.batch)
     put(args.out, page(found))

@@ -95,9 +95,9 @@ def _another(source: str) -> str:
 
 
 def _pictures(folder: Path, count: int) -> list[Image.Image]:
-    import mmn
+    from mmn import chapters
 
-    return [mmn.open_image(file) for file in mmn.list_images(folder)[:count]]
+    return chapters.opened(str(folder), count)[0]
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is, as settings.json holds it. Raises MmnError for numbers that make no sense, models and dtypes that do not exist."""
+    """What a run is, as settings.json holds it. Raises MmnError for numbers that make no sense, and for
+    models, dtypes and devices that do not exist."""
     from mmn import sources, vlm  # reads torch, which takes seconds
 
     for name, least in LEAST.items():
@@ -92,7 +93,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
             raise MmnError(f"--{name.replace('_', '-')} is a whole number of at least {least}, not {value}.")
     if args.shards > args.count:
         raise MmnError(f"{args.count} pictures cannot be cut into {args.shards} shards: give fewer shards.")
-    vlm.place(None, args.dtype)
+    vlm.place(None if args.profile else args.device_map, args.dtype)  # with a profile, it is another machine's device
     models = {}
     for given in map(str, args.models):
         name, _, revision = (given, "", "") if Path(given).exists() else given.partition("@")

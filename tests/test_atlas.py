@@ -14,7 +14,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from sklearn.metrics import roc_auc_score
 
 import mmn
-from mmn import atlas, scenes, sources
+from mmn import atlas, cli, scenes, sources
 from mmn.errors import MmnError
 
 
@@ -98,6 +98,22 @@ def test_pictures_of_which_nothing_is_known(tmp_path):
     some = atlas.compute(mmn.load("tiny-llava"), sources.load(str(tmp_path), 5), most=50)
     assert some["concepts"] == [] and some["about"]["passed"] == 0 and len(some["neurons"]) == 50
     assert all(len(row["pictures"]) == len(row["peaks"]) and "concept" not in row for row in some["neurons"])
+
+
+def test_a_broken_picture_is_left_out(tmp_path, capsys):
+    model, processor = tiny.llava_parts()
+    for each in (model, processor):
+        each.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(tiny.pictures(3)):
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "pictures" / "1.png").write_bytes(b"cut short")
+    words = ["atlas", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "pictures"), "--most", "5"]
+    assert cli.main([*words, "--out", str(tmp_path / "atlas.html")]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("left out: 1.png") == 1 and "Traceback" not in said.err
+    data = (tmp_path / "atlas.html").read_text().split('type="application/json">')[1].split("</script>")[0]
+    assert json.loads(data)["about"]["pictures"] == 2
 
 
 def test_a_model_without_image_positions_and_no_pictures_are_refused():

@@ -80,13 +80,15 @@ def test_fit_on_scenes_and_on_pictures(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "cats").mkdir()
     for seed in range(3):
         scenes.draw(seed, concepts=["cat"]).image.save(tmp_path / "cats" / f"{seed}.png")
+    (tmp_path / "cats" / "0-broken.png").write_bytes(b"no picture")
     for extra in (["--count", "3"], ["--pictures", str(tmp_path / "cats")]):
         out = tmp_path / "edit.safetensors"
         assert cli.main(["edit", "fit", "cat", "dog", "--way", "closed", "--top-k", "5", "--out", str(out), *extra]) == 0
         edit = mmn.Edit.load(out)
         assert (edit.source, edit.target, len(edit.neurons)) == ("cat", "dog", 5) and edit.norm > 0
+        assert edit.report["pictures"] == 3
         out.unlink()
-    capsys.readouterr()
+    assert "left out: 0-broken.png" in capsys.readouterr().out
 
 
 def test_the_better_way_is_that_of_the_chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,11 +148,16 @@ def test_a_dry_run_says_how_much_is_left_and_computes_nothing(whole, tmp_path):
         (["--edits", "-1"], "--edits is a whole number of at least 0"),
         (["--seed", "-1"], "--seed is a whole number of at least 0"),
         (["--dtype", "float8"], "There is no dtype 'float8'"),
+        (["--device-map", "warp"], "The device 'warp' cannot be used"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, words, message):
     with pytest.raises(MmnError, match=message):
         workflow.settings_of(parsed("--out", str(tmp_path), *words))
+
+
+def test_with_a_profile_the_device_is_another_machines(tmp_path):
+    assert workflow.settings_of(parsed("--out", str(tmp_path), "--device-map", "warp", "--profile", "slurm"))
 
 
 def test_sources_and_models_are_found_from_anywhere(tmp_path, monkeypatch):
