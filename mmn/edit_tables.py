@@ -166,12 +166,13 @@ def suppression(vlm: VLM) -> Edit | None:
 
 
 def said_in(vlm: VLM, first: int, count: int) -> pd.DataFrame:
-    """Mentions of the planted partners, true and hallucinated, with the three detectors' scores."""
+    """Mentions of the planted partners, true and hallucinated, with the three detectors' scores and those of other neurons."""
     sets = hallucination.test_sets(count, first)
     some = [scene for name in ("biased", "with partner", "partner alone") for scene in sets[name]]
     said = hallucination.mentions(vlm, some, list(scenes.PLANTED.values()))
     encoder = OwnEncoder(vlm, [scene.image for scene in scenes.sample(16, first=8 * 10**7)])
-    return hallucination.evidence(vlm, said, voices(vlm), encoder)
+    found = hallucination.evidence(vlm, said, voices(vlm), encoder)
+    return found.join(hallucination.loudness(vlm, said, hallucination.other_neurons(vlm, voices(vlm))))
 
 
 @table(
@@ -184,6 +185,8 @@ def said_in(vlm: VLM, first: int, count: int) -> pd.DataFrame:
         "neurons": "its loudest patch, in standard deviations of calibration pictures",
         "probability": "log probability of its token",
         "clip-like": "cosine of its embedding with the likest image token",
+        **{f"random neurons, draw {n}": "as neurons, by random ones of the same layers" for n in (1, 2, 3)},
+        "another noun's neurons": "as neurons, by those of another partner that are not its own",
     },
 )
 def mentions(vlm: VLM, key: int) -> list[Row]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from mmn.editors import biased, decoding, forms
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
+from mmn.intervene import same_layer_random
 from mmn.lesson import removed, says
 from mmn.metrics import Interval
 from mmn.nouns import Noun
@@ -272,6 +273,27 @@ def mentions(vlm: VLM, some: Sequence[Scene], nouns: Sequence[str]) -> list[Ment
         for noun in trace.nouns
         if noun.lemma in nouns
     ]
+
+
+def other_neurons(vlm: VLM, voices: Mapping[str, Voice], draws: int = 3, seed: int = 0) -> dict[str, dict[str, Voice]]:
+    """Controls of some voices, for `loudness`: the same words by other neurons. `random neurons, draw ...`: as many of the same layers;
+    `another noun's neurons`: those of the next voice, less the ones shared, left out where nothing would be left.
+
+    Raises MmnError where a layer has too few others."""
+    choices: dict[str, dict[str, Voice]] = {}
+    drawn = {noun: same_layer_random(vlm, voice.neurons, draws=draws, seed=seed) for noun, voice in voices.items()}
+    for number in range(draws):
+        choices[f"random neurons, draw {number + 1}"] = {
+            noun: replace(voice, neurons=drawn[noun][number]) for noun, voice in voices.items()
+        }
+    following = dict(zip(voices, [*voices][1:] + [*voices][:1], strict=True))
+    theirs = {
+        noun: [neuron for neuron in voices[following[noun]].neurons if neuron not in voice.neurons]
+        for noun, voice in voices.items()
+    }
+    if all(theirs.values()):
+        choices["another noun's neurons"] = {noun: replace(voice, neurons=theirs[noun]) for noun, voice in voices.items()}
+    return choices
 
 
 def loudness(vlm: VLM, said: Sequence[Mention], choices: Mapping[str, Mapping[str, Voice]]) -> pd.DataFrame:

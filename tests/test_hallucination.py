@@ -127,6 +127,23 @@ def test_a_voice_is_the_sum_of_the_direct_scores_at_the_patches(vlm: mmn.VLM) ->
     assert voice.level == pytest.approx(float(voice.loudest(vlm, pictures).mean()) / 2, rel=1e-3), "midway"
 
 
+def test_other_neurons_share_layers_and_words_and_nothing_else(vlm: mmn.VLM) -> None:
+    first = h.Voice("clock", 3, [mmn.Neuron(2, 5), mmn.Neuron(2, 6), mmn.Neuron(7, 9)], level=1.5)
+    second = h.Voice("bird", 4, [mmn.Neuron(2, 6), mmn.Neuron(3, 3)])
+    choices = h.other_neurons(vlm, {"clock": first, "bird": second}, draws=2)
+    assert choices.pop("another noun's neurons") == {
+        "clock": replace(first, neurons=[mmn.Neuron(3, 3)]),
+        "bird": replace(second, neurons=[mmn.Neuron(2, 5), mmn.Neuron(7, 9)]),
+    }
+    assert len(choices) == 2
+    for voices in choices.values():
+        for name, own in (("clock", first), ("bird", second)):
+            drawn = voices[name].neurons
+            assert sorted(n.layer for n in drawn) == sorted(n.layer for n in own.neurons) and not set(drawn) & set(own.neurons)
+            assert replace(voices[name], neurons=own.neurons) == own
+    assert "another noun's neurons" not in h.other_neurons(vlm, {"clock": first}), "no other noun"
+
+
 def test_a_gate_acts_where_it_doubts_and_nowhere_else(vlm: mmn.VLM) -> None:
     images = [s.image for s in h.lacking("boat", 12, 300)]
     before = h.plain(vlm)(images)
