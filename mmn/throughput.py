@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from mmn import costs, scenes, study_costs
+from mmn import costs, metrics, scenes, study_costs
 from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.contribution import rank_all
@@ -31,8 +32,9 @@ RELEASE = 8  # pictures for the slow loop
 def throughput(
     vlm: VLM, pictures: int = 256, batch_size: int = 16, max_new_tokens: int = 50, compare: bool = True
 ) -> dict[str, Any]:
-    """Pictures a second: `plain`, `ours`, `release`; `share`: ours by plain; `peak_mb`: after the first batch, which warms up, and after
-    each tenth of the others or each of them, where they are fewer. Without `compare` only ours runs.
+    """Pictures a second: `plain`, `ours`, `release`; `share`: ours by plain, `share_interval`: its 95 % interval over batches; `peak_mb`:
+    after the first batch, which warms up, and after each tenth of the others or each of them, where they are fewer. Without `compare`
+    only ours runs.
 
     Raises MmnError for fewer pictures than one batch."""
     if batch_size < 1 or pictures < batch_size:
@@ -55,8 +57,10 @@ def throughput(
             peaks.append(_peak())
     speed = {name: 1 / statistics.median(each) if each else None for name, each in times.items()}
     pairs = [plain / ours for plain, ours in zip(times["plain"], times["ours"], strict=False)]
+    share = metrics.bootstrap(pairs, lambda some: float(np.median(some))) if pairs else None
     return {
-        **speed, "share": statistics.median(pairs) if pairs else None, "peak_mb": peaks, "pictures": pictures, "batch": batch_size,
+        **speed, "share": share and share.value, "share_interval": share and share[1:], "peak_mb": peaks,
+        "pictures": pictures, "batch": batch_size,
         "threads": torch.get_num_threads(), "device": str(vlm.device), "processor": costs.processor(vlm.device.type),
         "model": vlm.name, "model_hash": vlm.hash,
     }  # fmt: skip
@@ -124,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         if found[name]:
             print(f"{what}: {found[name]:.1f} pictures a second")
     if found["share"]:
-        print(f"ours by plain: {found['share']:.2f}; ours by the release's loop: {found['ours'] / found['release']:.1f}")
+        low, high = found["share_interval"]
+        times = found["ours"] / found["release"]
+        print(f"ours by plain: {found['share']:.2f} [{low:.2f}, {high:.2f}]; ours by the release's loop: {times:.1f}")
     print(f"peak memory after each tenth: {', '.join(f'{mb:.0f}' for mb in found['peak_mb'])} MB")
     return 0

@@ -23,6 +23,7 @@ def test_pictures_a_second_are_pictures_by_seconds(monkeypatch):
     monkeypatch.setattr(throughput, "_seconds", seconds)
     found = throughput.throughput(tiny.llava(), pictures=12, batch_size=4)
     assert found["ours"] == 2 and found["plain"] == 2.5 and found["release"] == 2 and found["share"] == pytest.approx(0.8)
+    assert found["share_interval"] == pytest.approx((0.8, 0.8))
     assert [n for name, n in worked if name is False] == [1] * 4 and [n for name, n in worked if name == "ours"] == [4] * 4
     assert sorted(found["peak_mb"]) == found["peak_mb"]
 
