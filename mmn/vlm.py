@@ -469,6 +469,9 @@ def load(
             needs = f"it needs {package.group(1).lower()}, which is not installed" if package else _line(error)
             raise MmnError(f"{name} could not be loaded: {needs}") from error
         except Exception as error:  # whatever transformers, safetensors and the Hub's client raise on files that are not whole
+            if "couldn't connect" in _line(error):
+                advice = "go online, or give the folder of a saved model"
+                raise MmnError(f"{name} is not on this machine, and the Hub cannot be reached: {advice}.") from error
             raise MmnError(f"{name} could not be loaded: {_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

@@ -89,6 +89,11 @@ def test_load_refuses(folder: Path, copy: Path, tmp_path: Path) -> None:
     assert "could not be loaded" in refusal(mmn.load, copy)
 
 
+def test_a_name_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "is not on this machine, and the Hub cannot be reached: go online" in refusal(mmn.load, "no-such-owner/no-such-model")
+
+
 def test_load_refuses_a_part_of_a_model(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     gone = next(name for name in weights if "layers.1.mlp.down_proj" in name)
