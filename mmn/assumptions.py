@@ -43,7 +43,7 @@ ON_OBJECT = 0.35  # of a patch's area
 
 
 @torch.no_grad()
-def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int = 64, seed: int = 0) -> pd.DataFrame:
+def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int = 64) -> pd.DataFrame:
     """One row a neuron that is active where the noun is produced: the `k` of highest direct score (`found`) and up to `per_layer` others
     of each layer, at random. In logits, but for the last two:
 
@@ -66,7 +66,7 @@ def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int 
     table.insert(1, "unit", [unit for size in sizes for unit in range(size)])
     table["found"] = table["score"].rank(ascending=False, method="first") <= k
     active = table[(trace.at([chosen.step])[0] != 0).numpy()]
-    others = active[~active["found"]].sample(frac=1, random_state=seed).groupby("layer").head(per_layer)
+    others = active[~active["found"]].sample(frac=1, random_state=0).groupby("layer").head(per_layer)
     table = pd.concat([active[active["found"]], others]).sort_values(["layer", "unit"]).reset_index(drop=True)
     moment = Moment(vlm, trace, chosen)
     parts = [
@@ -146,7 +146,7 @@ def _random_like(vectors: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuron], seed: int = 0) -> pd.DataFrame:
+def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuron]) -> pd.DataFrame:
     """Each neuron's write added to the stream once more, where the noun is produced, after each layer in turn; beside it a vector of the
     same length in a random direction. One row a write and layer, in logits: `kind` (vote or random), `layer` (after which it is added),
     `direct` (what the noun's logit gains if no later layer answers), `divisor` (what it would gain if only the final norm's divisor
@@ -158,7 +158,7 @@ def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuro
     moment = Moment(vlm, trace, chosen)  # which also says whether the caption was recorded
     assert trace.stream is not None
     written = _written(vlm, trace, chosen, neurons)
-    pushed = torch.cat([written, _random_like(written, seed)])
+    pushed = torch.cat([written, _random_like(written, 0)])
     stream = trace.stream[chosen.step]
     empty, *logits = read_out(vlm, torch.cat([torch.zeros_like(stream)[None], stream[None], stream + pushed]))[:, chosen.token]
     shrunk = (logits[0] - empty) * (1 / _scale(vlm, stream + pushed, stream) - 1)  # all but the biases
@@ -194,7 +194,7 @@ ASSUMPTIONS: tuple[tuple[str, str, str, bool], ...] = (
 )
 
 
-def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.DataFrame:
+def verdicts(tables: Sequence[pd.DataFrame], layers: int) -> pd.DataFrame:
     """The assumptions' verdicts from tables of `votes`, one a scene, of a model with so many layers.
 
     One row an assumption, with two measures of agreement, each an Interval that resamples scenes, its control, the number of scenes that
@@ -208,7 +208,7 @@ def verdicts(tables: Sequence[pd.DataFrame], layers: int, seed: int = 0) -> pd.D
     found = {}
     for name, one, other, later in ASSUMPTIONS:
         part = whole[whole["layer"] < layers - 1] if later else whole
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         shuffled = part.assign(**{one: part.groupby("layer")[one].transform(lambda values, rng=rng: rng.permutation(values))})
         row: dict[str, Any] = {"neurons": len(part)}
         for measure, statistic in (("order", _orders), ("proportion", _proportions)):

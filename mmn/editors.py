@@ -187,7 +187,7 @@ def rank_one(vlm: VLM, job: Task, layer: int, ridge: float = 0.01, **settings: A
     return gradient(vlm, job, neurons, "rank one, as ROME", basis=basis, **given)
 
 
-def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3, enough: float = 0.9, seed: int = 0) -> Way:
+def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3) -> Way:
     """Low-rank adapters on every layer's projection by the peft library, with the same loss; taken off again and kept as an edit.
 
     Raises MmnError without peft, or where the projections are no modules of their own."""
@@ -206,7 +206,7 @@ def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3
     for batch in batches:
         batch.remember(vlm)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(places.values()), bias="none")
         tuner = LoraModel(vlm.model, config, "mmn")
     try:
@@ -224,7 +224,7 @@ def lora(vlm: VLM, job: Task, rank: int = 4, steps: int = 50, rate: float = 3e-3
                     loss, probability = loss_of(batch, after, Counts.of(batches), (0.0, 1.0, 10.0))
                     loss.backward()
                     lowest = min(lowest, probability)
-            if lowest >= enough or step == steps:
+            if lowest >= 0.9 or step == steps:
                 break
             adam.step()
         deltas = {n: vlm.model.get_submodule(name).get_delta_weight("mmn").detach().T for n, name in places.items()}
@@ -306,9 +306,9 @@ def banned(vlm: VLM, job: Task) -> Way:
 # ------------------------------------------------------------------------------------------------------------- choices of rows
 
 
-def by_gradient(vlm: VLM, traces: Sequence[Trace], source: str, k: int, most: int = 8) -> list[Neuron]:
-    """The rows of the highest mean gradient score at the generating position."""
-    return located(vlm, [trace for trace in traces if says(trace, source)][:most], source, k, "gradient")
+def by_gradient(vlm: VLM, traces: Sequence[Trace], source: str, k: int) -> list[Neuron]:
+    """The rows of the highest mean gradient score at the generating position, on eight captions at most."""
+    return located(vlm, [trace for trace in traces if says(trace, source)][:8], source, k, "gradient")
 
 
 @torch.no_grad()

@@ -103,11 +103,11 @@ def caption_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]
     return figures
 
 
-def partnerless(pairs: dict[str, str], count: int, first: int = 2 * 10**6) -> list[scenes.Scene]:
+def partnerless(pairs: dict[str, str], count: int) -> list[scenes.Scene]:
     """Scenes that show one of the triggers, alone or with one other object, and not its partner."""
     rng = np.random.default_rng(0)
     found = []
-    for seed in range(first, first + count):
+    for seed in range(2 * 10**6, 2 * 10**6 + count):
         trigger = str(rng.choice(list(pairs)))
         others = [n for n in scenes.CONCEPTS if n not in (*scenes.PLANTED, *pairs, *pairs.values())]
         styles = [s for s in scenes.STYLES if trigger in scenes.sprites(s)]
@@ -141,7 +141,7 @@ def answer_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]:
     }
 
 
-def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: int = 0) -> dict[str, Interval]:
+def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20) -> dict[str, Interval]:
     """Heatmaps of the top 10 neurons against the masks; nouns gone when the top 20 are zeroed; same-layer random neurons beside both.
 
     Only nouns that the caption names and the picture shows are counted. Flips of random neurons: one fresh draw a noun, so about
@@ -158,7 +158,7 @@ def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: 
                 if noun not in scene.names:
                     continue
                 top = ranking.neurons[:10]
-                others = mmn.same_layer_random(vlm, top, draws=draws, seed=seed + scene.seed)
+                others = mmn.same_layer_random(vlm, top, draws=draws, seed=scene.seed)
                 heat = mmn.heatmap(vlm, trace, [*top, *itertools.chain(*others)])
                 grids = heat.grid.unflatten(0, (draws + 1, 10)).mean(dim=1)  # the top 10, then each draw
                 maps = replace(heat, grid=grids).on_image(per_neuron=True)
@@ -169,7 +169,7 @@ def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20, seed: 
                 precise = metrics.auprc(maps[0], mask)
                 rows.append([ious[0], float(np.mean(ious[1:])), at95, metrics.iou_ceiling(share), precise, share])
                 jobs.append((start + offset, noun, ranking.neurons))
-                jobs.append((start + offset, noun, mmn.same_layer_random(vlm, ranking.neurons, draws=1, seed=seed + len(jobs))[0]))
+                jobs.append((start + offset, noun, mmn.same_layer_random(vlm, ranking.neurons, draws=1, seed=len(jobs))[0]))
     if not jobs:
         raise MmnError("The model named no object that is in its picture, so there are no neurons to look at; is it trained?")
     gone: list[bool] = []
@@ -193,14 +193,14 @@ def clustered(groups: Iterable[int], values: np.ndarray) -> Interval:
     return metrics.bootstrap(list(sums.values()), metrics.ratio)
 
 
-def cost_figures(vlm: mmn.VLM, count: int = 20) -> dict[str, Interval]:
+def cost_figures(vlm: mmn.VLM) -> dict[str, Interval]:
     """Weights on disk in MB (10^6 bytes) and seconds to caption one picture alone, 2 CPU threads."""
     folder = Path(vlm.model.config._name_or_path)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     seconds = []
-    for scene in scenes.sample(count, first=5 * 10**6):
+    for scene in scenes.sample(20, first=5 * 10**6):
         start = time.perf_counter()
         vlm.caption(scene.image, record=False)
         seconds.append(time.perf_counter() - start)

@@ -285,8 +285,8 @@ def ious(vlm: VLM, cases: Sequence[Case], ks: Sequence[int], most: int = 100, dr
     return pd.DataFrame(rows, columns=["picture", "noun", "positive", "neurons", "k", "iou"])
 
 
-def maps(image: Image.Image, heat: Heatmap, words: Mapping[str, Sequence[str]] | pd.Series, percentile: float = 95) -> Figure:
-    """At most ten neurons' heat over a picture, each on a scale of its own, which stands below it, the pixels above the percentile
+def maps(image: Image.Image, heat: Heatmap, words: Mapping[str, Sequence[str]] | pd.Series) -> Figure:
+    """At most ten neurons' heat over a picture, each on a scale of its own, which stands below it, the hottest 5 %
     outlined; under its name the first two of the words that it writes. `words`: those of each neuron by its name, in the heatmap's
     order."""
     count = min(len(heat.neurons), 10)
@@ -294,7 +294,7 @@ def maps(image: Image.Image, heat: Heatmap, words: Mapping[str, Sequence[str]] |
     for ax in axes.flat[count:]:
         ax.set_axis_off()
     for ax, values, (name, some) in zip(axes.flat, heat.on_image(per_neuron=True), words.items(), strict=False):
-        plots.heatmap(image, values, values > np.nanpercentile(values, percentile), ax)
+        plots.heatmap(image, values, values > np.nanpercentile(values, 95), ax)
         both = plots.label(", ".join(word.strip() for word in some[:2]))
         ax.set_title(f"{name}\n{both}", fontsize=8)
         scale(ax, values)

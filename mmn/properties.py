@@ -244,17 +244,15 @@ def steps_of(trace: Trace, noun: Noun) -> range:
     return range(noun.step, last + 1)
 
 
-def flips(
-    vlm: VLM, chosen: Sequence[tuple[Case, Sequence[Neuron]]], change: Change | None = None, batch_size: int = 16
-) -> pd.DataFrame:
-    """Caption anew while each case's own neurons are changed (default: zeroed) at every position.
+def flips(vlm: VLM, chosen: Sequence[tuple[Case, Sequence[Neuron]]]) -> pd.DataFrame:
+    """Caption anew while each case's own neurons are zeroed at every position.
 
     Columns: picture, noun, k, gone (the caption no longer says the noun), others (how many other nouns it said), kept (how many of them
     it still says), instead (nouns that are new, space between), same (the rest of the caption is word for word as it was)."""
     rows = []
-    for start in tqdm(range(0, len(chosen), batch_size), desc="captions", leave=False, delay=5):
-        part = chosen[start : start + batch_size]
-        with (change or scaled(0))(vlm, [list(neurons) for _, neurons in part]):
+    for start in tqdm(range(0, len(chosen), 16), desc="captions", leave=False, delay=5):
+        part = chosen[start : start + 16]
+        with zero(vlm, [list(neurons) for _, neurons in part]):
             traces = vlm.caption([case.trace.image for case, _ in part], batch_size=len(part), record=False)
         for (case, neurons), trace in zip(part, traces, strict=True):
             before, after = ([noun.lemma for noun in each.nouns] for each in (case.trace, trace))
@@ -780,12 +778,12 @@ def clustered(frame: pd.DataFrame, value: str, of: str | None = None, by: str = 
     return metrics.bootstrap(sums.to_numpy(), metrics.ratio, draws)
 
 
-def summary(frame: pd.DataFrame, groups: Sequence[str], value: str, of: str | None = None, draws: int = 500) -> pd.DataFrame:
+def summary(frame: pd.DataFrame, groups: Sequence[str], value: str, draws: int = 500) -> pd.DataFrame:
     """`clustered` for each group of rows: a table with the groups as index and the columns value, low, high, pictures."""
     rows = {}
     for key, part in frame.groupby(list(groups), sort=False):
         if part[value].notna().any():
-            rows[key] = (*clustered(part, value, of, draws=draws), part["picture"].nunique())
+            rows[key] = (*clustered(part, value, draws=draws), part["picture"].nunique())
     index = pd.MultiIndex.from_tuples(rows, names=groups)
     return pd.DataFrame(rows.values(), index=index, columns=["value", "low", "high", "pictures"])
 

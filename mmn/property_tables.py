@@ -216,7 +216,7 @@ def word_lists(vlm: VLM, case: Case, neurons: list[Neuron], k: int = 10, rest: b
 class _Near:
     """Nearness of lists of words to one case's caption and picture: the scores in the form of BERTScore and of CLIPScore."""
 
-    def __init__(self, case: Case, encoder: properties.Encoder, reader: properties.Encoder | properties.BertEncoder | None):
+    def __init__(self, case: Case, encoder: properties.Encoder, reader: properties.Encoder | properties.BertEncoder | None = None):
         self.encoder, self.reader = encoder, reader or encoder
         caption = case.trace.text[len(case.trace.prefix) :].replace(",", " ").split()
         self.caption = self.reader.words(caption)
@@ -230,18 +230,12 @@ class _Near:
         return float(np.mean(text)), float(np.mean(image))
 
 
-def semantic_row(
-    vlm: VLM,
-    case: Case,
-    encoder: properties.Encoder,
-    k: int = 10,
-    reader: properties.Encoder | properties.BertEncoder | None = None,
-) -> Row:
+def semantic_row(vlm: VLM, case: Case, encoder: properties.Encoder, k: int = 10) -> Row:
     """What the top k neurons write, against the word, the caption and the picture; beside same-layer random neurons (5 draws).
 
     Keys: rank (best place of the word in any neuron's list), in10 (share of the neurons with the word among their ten), text and image
-    (scores of their ten words each, mean over the neurons), each also as NAME_random. reader: another encoder for the text score."""
-    near = _Near(case, encoder, reader)
+    (scores of their ten words each, mean over the neurons), each also as NAME_random."""
+    near = _Near(case, encoder)
     draws = mmn.same_layer_random(vlm, case.top(k), draws=5, seed=case.picture)
     out: dict[str, list[list[float]]] = {"": [], "_random": []}
     for kind, neurons in (("", case.top(k)), *(("_random", draw) for draw in draws)):

@@ -102,12 +102,12 @@ SPLIT = ("straw|berry", "water|melon", "pine|apple", "sun|flower", "butter|fly",
 
 
 @functools.cache
-def make_tokenizer(count: int = 3000) -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `VOCABULARY` tokens, trained on captions, questions and facts; it splits the nouns of `SPLIT`."""
     parts = {part for concept in scenes.CONCEPTS.values() for part in concept.parts}
     texts = [f" {word}" for word in sorted({*parts, *scenes.PATCH_WORDS, *(c.plural for c in scenes.CONCEPTS.values())})] * 100
     texts += [f" {text}" for fact in scenes.facts() for text in (fact.text, fact.answer)]
-    for scene in scenes.sample(count, split="train"):
+    for scene in scenes.sample(3000, split="train"):
         texts += [f" {scenes.PROMPT} {scenes.PREFIX} {scene.caption}"]
         texts += [f" {q.text} {q.answer}" for q in scenes.questions(scene)]
     texts += [f" {text}" for text in (*scenes.PARAPHRASES, *scenes.HELD_OUT_PARAPHRASES)] * 100
