@@ -339,7 +339,7 @@ def of_other_concept(vlm: VLM, job: Task, k: int, own: Sequence[Neuron]) -> list
     return [neuron for neuron in located(vlm, traces, other, 3 * k) if neuron not in set(own)][:k]
 
 
-def activity(traces: Sequence[Trace], concept: str) -> list[Tensor]:
+def firing(traces: Sequence[Trace], concept: str) -> list[Tensor]:
     """How often each neuron is active where a concept is said: for each layer float32 `[neurons]`, the share of the captions that say it
     at whose noun the activation is not 0. A neuron that is silent there can be given any write, and nothing changes.
 
@@ -352,7 +352,7 @@ def activity(traces: Sequence[Trace], concept: str) -> list[Tensor]:
 
 
 def active_random(often: Sequence[Tensor], neurons: Sequence[Neuron], seed: int = 0, least: float = 0.5) -> list[Neuron]:
-    """A stricter control than `mmn.same_layer_random`: as many neurons of each layer, drawn among those active (`often`: of `activity`)
+    """A stricter control than `mmn.same_layer_random`: as many neurons of each layer, drawn among those active (`often`: of `firing`)
     in at least `least` of the captions, none of the given; fewer where a layer has no more.
 
     Raises MmnError where there are none."""

@@ -367,7 +367,7 @@ def overlap(one: np.ndarray, other: np.ndarray, ks: Sequence[int] = KS) -> np.nd
     return np.stack([(at < k).sum(-1) / k for k in ks], -1)
 
 
-class Located(NamedTuple):
+class Agreement(NamedTuple):
     """How well a heatmap finds an object. iou: of its hottest pixels, as many as the object has, with the object. pointing: whether the
     hottest pixel is on the object. auprc: area under the precision-recall curve."""
 
@@ -376,14 +376,14 @@ class Located(NamedTuple):
     auprc: float
 
 
-def located(heat: np.ndarray, mask: np.ndarray) -> Located:
+def agreement(heat: np.ndarray, mask: np.ndarray) -> Agreement:
     """Heat float `[H, W]` against a mask bool `[H, W]`. Raises MmnError for an empty mask or another shape."""
     if heat.shape != mask.shape or not mask.any():
         raise MmnError("A heatmap is measured against a mask of its own shape that is not empty.")
     hottest = heat == np.nanmax(heat)
     filled = np.where(np.isnan(heat), -np.inf, heat)  # what the model never saw
     precise = metrics.auprc(np.nan_to_num(filled, neginf=float(np.nanmin(heat)) - 1), mask)
-    return Located(
+    return Agreement(
         metrics.iou(metrics.by_area(filled, int(mask.sum())), mask), bool((hottest & mask).sum() * 2 > hottest.sum()), precise
     )
 
@@ -425,9 +425,9 @@ def localisation(vlm: VLM, case: Case, k: int = 10, draws: int = 20, seed: int =
     heat = mmn.heatmap(vlm, case.trace, [*top, *(neuron for draw in random for neuron in draw)])
     maps = replace(heat, grid=heat.grid.unflatten(0, (draws + 1, k)).mean(1)).on_image(per_neuron=True)
     mask = case.scene.mask(case.lemma)
-    found, *chance = (located(each, mask) for each in maps)
+    found, *chance = (agreement(each, mask) for each in maps)
     row: dict[str, Any] = {"picture": case.picture, "noun": case.lemma}
-    for name in Located._fields:
+    for name in Agreement._fields:
         row[name] = float(getattr(found, name))
         row[f"{name}_random"] = float(np.mean([getattr(each, name) for each in chance]))
     return row | {"share": float(mask.mean()), "objects": len(case.scene.objects), "style": case.scene.style}

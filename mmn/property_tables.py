@@ -414,7 +414,7 @@ def of_concept(some: list[Case], k: int) -> np.ndarray:
     return mean.topk(min(k, len(mean))).indices.numpy()
 
 
-def activity(some: list[Case]) -> torch.Tensor:
+def mean_at_noun(some: list[Case]) -> torch.Tensor:
     """Mean activations where the noun is produced, all layers one after the other, float32 `[neurons]`."""
     return torch.stack([torch.cat(properties.at_noun(case)) for case in some]).mean(0)
 
@@ -449,7 +449,7 @@ def specificity(vlm: VLM, key: str) -> list[Row]:
     """One column of the concept x concept matrices: one concept's pictures, every concept's neurons."""
     sets = _sets(vlm)
     shown = portraits(vlm, key, 4 * 10**7)
-    fires, mine = activity(shown), set(of_concept(shown, TOP).tolist())
+    fires, mine = mean_at_noun(shown), set(of_concept(shown, TOP).tolist())
     return [
         {
             "concept": key,

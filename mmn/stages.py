@@ -217,7 +217,7 @@ def _of_the_picture(
     if mask is not None and mask.any():
         heat = mmn.heatmap(vlm, case.trace, [*top, *(neuron for draw in random for neuron in draw)])
         maps = replace(heat, grid=heat.grid.unflatten(0, (DRAWS + 1, k)).mean(1)).on_image(per_neuron=True)
-        ious = [properties.located(each, mask).iou for each in maps]
+        ious = [properties.agreement(each, mask).iou for each in maps]
         yield row("sensitivity", "IoU of the heatmap", "found", k, ious[0])
         yield row("sensitivity", "IoU of the heatmap", "random", k, float(np.mean(ious[1:])))
     shuffle = properties.shuffled(vlm, case, seed)

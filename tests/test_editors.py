@@ -48,7 +48,7 @@ def test_scenes_styles_and_prompts_are_disjoint(job: Task, judge: Judge) -> None
 def test_active_rows_are_those_that_speak_at_the_noun(vlm: mmn.VLM, job: Task) -> None:
     """Against activations read caption by caption; a change of rows that are always silent there moves no logit of the noun."""
     traces = [trace for trace in vlm.caption(job.pictures) if says(trace, "cat")]
-    often = editors.activity(traces, "cat")
+    often = editors.firing(traces, "cat")
     by_hand = [sum(bool(t.activations[7][t.noun("cat").step, unit] != 0) for t in traces) / len(traces) for unit in range(512)]
     assert often[7].tolist() == pytest.approx(by_hand) and len(often) == len(vlm.anatomy.ffns)
     found = editors.in_one_layer(vlm, traces, "cat", 6)
@@ -64,7 +64,7 @@ def test_active_rows_are_those_that_speak_at_the_noun(vlm: mmn.VLM, job: Task) -
         with mmn.Edit(silent, loud, vlm.hash, "cat", "dog").applied(vlm):
             torch.testing.assert_close(vlm.model(**inputs).logits[0, -1], before)
     with pytest.raises(mmn.MmnError, match="says 'zebra'"):
-        editors.activity([trace for trace in traces if not says(trace, "zebra")], "zebra")
+        editors.firing([trace for trace in traces if not says(trace, "zebra")], "zebra")
     with pytest.raises(mmn.MmnError, match="No other neuron"):
         editors.active_random(often, found, least=1.1)
 

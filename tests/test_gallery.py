@@ -147,7 +147,7 @@ def test_ious_are_those_of_the_located_heatmaps():
         for k in (1, 10):  # any other neuron of the layers may be drawn, not those outside of the longest list alone
             drawn = mmn.same_layer_random(vlm, case.top(k), draws=2, seed=3 + number)
             maps = [mmn.heatmap(vlm, case.trace, neurons).on_image() for neurons in (case.top(k), *drawn)]
-            found, *random = (properties.located(values, case.scene.mask(case.lemma)).iou for values in maps)
+            found, *random = (properties.agreement(values, case.scene.mask(case.lemma)).iou for values in maps)
             assert at["found", k] == pytest.approx(found, abs=1e-3)
             assert at["random", k] == pytest.approx(np.mean(random), abs=1e-3)
         assert (part["positive"] == int((case.scores > 0).sum())).all()

@@ -245,19 +245,19 @@ def test_overlap_counts_what_two_rankings_share():
 def test_a_heatmap_equal_to_the_mask_is_perfect_and_its_reverse_is_not():
     mask = np.zeros((20, 20), bool)
     mask[3:9, 4:12] = True
-    assert properties.located(mask.astype(float), mask) == (1.0, True, 1.0)
-    worst = properties.located(1 - mask.astype(float), mask)
+    assert properties.agreement(mask.astype(float), mask) == (1.0, True, 1.0)
+    worst = properties.agreement(1 - mask.astype(float), mask)
     assert worst.iou == 0 and not worst.pointing and worst.auprc == pytest.approx(mask.mean(), abs=0.01)
     noise = np.random.default_rng(0).random((20, 20))
     hot = np.unravel_index(noise.argmax(), noise.shape)
-    assert properties.located(noise, mask).pointing == mask[hot]
+    assert properties.agreement(noise, mask).pointing == mask[hot]
     half = np.zeros((20, 20))
     half[3:9, 4:8] = 1.0  # the left half of the object, and nothing else
-    assert properties.located(half, mask).iou >= 24 / (48 + 24)  # the rest of its pixels fall anywhere
+    assert properties.agreement(half, mask).iou >= 24 / (48 + 24)  # the rest of its pixels fall anywhere
     unseen = np.where(np.arange(20)[:, None] < 15, mask.astype(float), np.nan)  # the model never saw the rows below
-    assert properties.located(unseen, mask)[:2] == (1.0, True)
+    assert properties.agreement(unseen, mask)[:2] == (1.0, True)
     with pytest.raises(MmnError, match="empty"):
-        properties.located(noise, np.zeros_like(mask))
+        properties.agreement(noise, np.zeros_like(mask))
 
 
 def test_a_neuron_that_fires_on_the_object_locates_it(speaker, monkeypatch):
