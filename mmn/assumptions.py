@@ -78,8 +78,7 @@ def votes(vlm: VLM, trace: Trace, noun: str | Noun, k: int = 10, per_layer: int 
 
 def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, units: list[int]) -> pd.DataFrame:
     """The measured columns of `votes` for some neurons of a layer."""
-    assert trace.stream is not None
-    stream = trace.stream[noun.step]
+    stream = trace.stream_at([noun.step])[0]
     written = _written(vlm, trace, noun, [Neuron(layer, unit) for unit in units])
     logits = read_out(vlm, torch.cat([stream[None], stream - written]))
     log_p = logits.log_softmax(-1)[:, noun.token]
@@ -156,10 +155,9 @@ def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuro
     if not neurons:
         raise MmnError("There are no neurons to vote: give at least one.")
     moment = Moment(vlm, trace, chosen)  # which also says whether the caption was recorded
-    assert trace.stream is not None
     written = _written(vlm, trace, chosen, neurons)
     pushed = torch.cat([written, _random_like(written, 0)])
-    stream = trace.stream[chosen.step]
+    stream = trace.stream_at([chosen.step])[0]
     empty, *logits = read_out(vlm, torch.cat([torch.zeros_like(stream)[None], stream[None], stream + pushed]))[:, chosen.token]
     shrunk = (logits[0] - empty) * (1 / _scale(vlm, stream + pushed, stream) - 1)  # all but the biases
     direct = torch.stack(logits[1:]) - logits[0]
