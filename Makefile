@@ -33,8 +33,9 @@ book: .venv/ready book/_build/sources book/_static/atlas.html
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
+# The chapters come first: they take longest, and both processes then end at about the same time.
 test: .venv/ready
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests notebooks \
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 # make refresh                the chapters and README's picture

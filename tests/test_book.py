@@ -92,12 +92,13 @@ def test_page(browser: webdriver.Chrome, site: str, page: str) -> None:
 # Thousands of words of code are coloured by a few classes, and axe takes a minute for them all: it is given one of each.
 ONE_WORD_OF_EACH_COLOUR = """
 const seen = new Set();
-document.querySelectorAll('.highlight pre span:not(:has(*))').forEach(word => {
-  const kind = word.closest('.highlight').parentElement.className + word.className;
+document.querySelectorAll('.highlight pre span:not(:has(*)), dt.sig em').forEach(word => {
+  const around = [word.closest('.highlight, dl').parentElement, word.parentElement, word];
+  const kind = [...around, ...word.querySelectorAll('*')].map(each => each.className).join();
   if (seen.has(kind)) word.replaceWith(word.textContent);
   seen.add(kind);
 });
-document.querySelectorAll('.highlight pre').forEach(code => code.normalize());
+document.querySelectorAll('.highlight pre, dt.sig').forEach(code => code.normalize());
 """
 
 
