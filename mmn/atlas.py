@@ -283,15 +283,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mmn atlas`. Raises MmnError for bad input."""
-    from mmn import sources
+    from mmn import sources, stages
 
-    pictures = []
-    for picture in sources.load(args.images, args.count, args.seed):
-        try:
-            picture.open()
-            pictures.append(picture)
-        except MmnError as error:
-            print(f"left out: {error}", file=sys.stderr)
+    notes = stages.Notes("atlas")
+    pictures = [picture for picture, _ in stages.opened(sources.load(args.images, args.count, args.seed), notes)]
+    for row in notes.rows:
+        print(f"left out: {row['problem']}", file=sys.stderr)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
     found = compute(vlm, pictures, most=args.most, seed=args.seed, batch_size=args.batch)
     put(args.out, page(found))

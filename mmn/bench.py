@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from mmn import atlas, costs, scenes, sources, study_costs
+from mmn import atlas, costs, metrics, scenes, sources, study_costs
 from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.contribution import contributions, rank
@@ -35,7 +36,8 @@ from mmn.vlm import PREFIX, PROMPT, VLM, load, place, quiet
 def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 50) -> dict[str, Any]:
     """Three ratios: `record_overhead` (0.05: recording makes `generate` 5 % slower), `rank_overhead` (ranking all nouns of a
     caption by the time of captioning with recording) and `gradient_ratio` (scoring a token by its gradient by the time of its
-    direct score; None where nothing was said); beside them seconds, steps and nouns (medians). Raises MmnError for numbers
+    direct score; None where nothing was said); beside them the 95 % intervals of the first two over captions
+    (`record_interval`, `rank_interval`), and seconds, steps and nouns (medians). Raises MmnError for numbers
     below 1."""
     if min(pictures, repeats) < 1:
         raise MmnError("pictures and repeats are whole numbers of at least 1.")
@@ -69,6 +71,8 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
             gradients += ratios
     names = ("record_overhead", "rank_overhead", "generate_seconds", "record_seconds", "rank_seconds", "steps", "nouns")
     figures: dict[str, Any] = {name: statistics.median(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    for column, name in enumerate(("record", "rank")):
+        _, *figures[f"{name}_interval"] = metrics.bootstrap([row[column] for row in rows], lambda some: float(np.median(some)))
     figures["gradient_ratio"] = statistics.median(gradients) if gradients else None
     return figures | {
         "pairs": len(rows), "threads": torch.get_num_threads(), "device": str(vlm.device), "model": vlm.name, "model_hash": vlm.hash

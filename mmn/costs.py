@@ -387,8 +387,13 @@ def page(folder: Path) -> str:
         lines += [f"**{what}**,{unit}:", "", "| " + " | ".join(part.columns) + " |", "|" + "---|" * len(part.columns)]
         lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in part.itertuples(index=False)] + [""]
     where = f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {record['dtype']}"
+    share = {
+        name: f"{record[f'{name}_overhead']:.1%} [{low:.1%}, {high:.1%}]"
+        for name in ("record", "rank")
+        for low, high in [record[f"{name}_interval"]]
+    }
     recording = (
-        f"On {record['model']}, recording every neuron made captions slower by {record['record_overhead']:.1%}, and ranking the neurons "
-        f"of all nouns of a caption took {record['rank_overhead']:.1%} of captioning (medians of {record['pairs']} pairs of runs)."
+        f"On {record['model']}, recording every neuron made captions slower by {share['record']}, and ranking the neurons of all nouns of "
+        f"a caption took {share['rank']} of captioning (medians of {record['pairs']} pairs of runs, and their 95 % intervals)."
     )
     return "\n".join([f"Measured on: {where}.", "", summary(table), "", recording, "", *lines])

@@ -18,6 +18,9 @@ def test_figures() -> None:
     assert figures["pairs"] == 2 and figures["model_hash"] == tiny.vlm().hash and figures["steps"] == 4
     assert figures["record_seconds"] > figures["rank_seconds"] > 0
     assert figures["gradient_ratio"] > 0
+    for name in ("record", "rank"):
+        low, high = figures[f"{name}_interval"]  # over two runs, which a draw may take one of twice
+        assert low < figures[f"{name}_overhead"] < high and figures[f"{name}_overhead"] == pytest.approx((low + high) / 2)
     with pytest.raises(mmn.MmnError, match="at least 1"):
         bench.bench(tiny.vlm(), pictures=0)
 

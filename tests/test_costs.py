@@ -124,9 +124,15 @@ def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
     table.to_csv(tmp_path / "bench.csv", index=False)
     machine = {"processor": "a processor", "threads": 1, "torch": "2"}
     record = {"machine": machine, "dtype": "float32", "model": "m", "record_overhead": 0.051, "rank_overhead": 0.012, "pairs": 7}
+    record |= {"record_interval": [-0.01, 0.062], "rank_interval": [0.011, 0.013]}
     (tmp_path / "bench.json").write_text(json.dumps(record))
     said = costs.page(tmp_path)
-    assert costs.summary(table) in said and "slower by 5.1%" in said and "a processor" in said
+    assert (
+        costs.summary(table) in said
+        and "slower by 5.1% [-1.0%, 6.2%]" in said
+        and "took 1.2% [1.1%, 1.3%]" in said
+        and "a processor" in said
+    )
     assert said.count("\n| ") == 2 * (len(table) + 1)
 
 
