@@ -9,20 +9,19 @@ for one noun of a recorded caption:
 - **release**: as Pan et al.'s code prepares its scores: `W_down^T W_U` for every layer, and every neuron's whole vocabulary sorted. It
   serves all nouns and pictures of a model once it is stored. Timed on some neurons of each layer, and scaled to all.
 
-Beside them `limit`, the time in which the memory of this machine gives out the weights that the direct score reads, once."""
+Beside them `limit`, one bare product of a direction with each layer's last map, which has to read the same weights as the direct score."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import json
 import math
+import os
 import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig
 
 from mmn import plots
@@ -180,42 +180,28 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak(work: Callable[[], Any], device: torch.device) -> float:
-    """MiB that a run holds at its peak above what was held before: of the GPU, or of the process as Linux counts it (elsewhere nan)."""
-    gc.collect()
+    """MiB of tensors that a run holds at its peak above those held before, as torch's allocator counts them: the same in equal runs.
+
+    What Python and NumPy hold beside the tensors does not count."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints a line when it starts and one when it stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-        return float("nan")
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back first, or it would serve unseen (glibc)
-    reset.write_text("5")  # forget the highest mark so far
-    before = _kilobytes(status, "VmRSS")
-    work()
-    return max(0, _kilobytes(status, "VmHWM") - before) / 2**10
+    assert seen.profiler and seen.profiler.kineto_results
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
 
 
-def _kilobytes(status: Path, name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="ascii"))
-    assert found
-    return int(found[1])
+def measure(shape: Shape, vlm: VLM, repeats: int = 3) -> dict[str, float]:
+    """Seconds and peak MiB of each way on one model.
 
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second at which the memory can be read: the fastest of five sums over a large block of ones."""
-    block = torch.ones(2**27, device=device)
-    return 4 * len(block) / min(seconds(block.sum, device) for _ in range(5))
-
-
-def measure(shape: Shape, vlm: VLM, speed: float, repeats: int = 3) -> dict[str, float]:
-    """Seconds and peak MiB of each way on one model, `speed` being the memory's bytes a second.
-
-    `limit_seconds`: reading every layer's last map once. `release_seconds`, `release_mib`: scaled from `BLOCK` neurons of each layer to
-    all; `stored_mib`: what that way keeps on disk, in half precision."""
+    `limit_seconds`: a bare product with every layer's last map. `release_seconds`, `release_mib`: scaled from `BLOCK` neurons of each layer
+    to all; `stored_mib`: what that way keeps on disk, in half precision."""
     trace, noun = moment(vlm)
     device = vlm.device
     row: dict[str, float] = {}
@@ -233,7 +219,10 @@ def measure(shape: Shape, vlm: VLM, speed: float, repeats: int = 3) -> dict[str,
         row[f"{name}_seconds"] = sum(best)
         return best
 
-    run("direct", 5 * repeats, lambda: contributions(vlm, trace, noun))
+    maps = [matrix(ffn.projection) for ffn in vlm.anatomy.ffns]
+    direction = torch.ones_like(maps[0][:, 0])
+    in_turn = run("direct", 5 * repeats, lambda: contributions(vlm, trace, noun), lambda: [direction @ last for last in maps])
+    row["direct_seconds"], row["limit_seconds"] = in_turn
     for name, times in (("whole", repeats), ("cached", 3 * repeats)):
         graph = Graph(vlm, trace, noun, cached=name == "cached")
         parts = run(name, times, graph.forward, graph.backward, ready=graph.again)
@@ -244,7 +233,6 @@ def measure(shape: Shape, vlm: VLM, speed: float, repeats: int = 3) -> dict[str,
     for unit in ("seconds", "mib"):
         row[f"release_{unit}"] *= shape.neurons / some
     row["stored_mib"] = stored(shape)
-    row["limit_seconds"] = sum(matrix(ffn.projection).nbytes for ffn in vlm.anatomy.ffns) / speed
     return row
 
 
@@ -273,15 +261,13 @@ def costs(sweeps: Sequence[str] = tuple(SWEEPS), device: str = "cpu", dtype: str
     for name in sweeps:
         if name not in SWEEPS:
             raise MmnError(f"There are no shapes {name!r}: choose from {', '.join(SWEEPS)}.")
-    where = torch.device(device)
-    speed = bandwidth(where)
     rows: list[dict[str, Any]] = []
     for name in sweeps:
-        shapes = (SEVEN,) if name == "llava-1.5-7b" and where.type == "cuda" else SWEEPS[name]
+        shapes = (SEVEN,) if name == "llava-1.5-7b" and device.startswith("cuda") else SWEEPS[name]
         first = len(rows)
         for shape in shapes:
             vlm = build(shape, device=device, dtype=getattr(torch, dtype))
-            rows.append({"sweep": name, **shape._asdict(), "scaled": False, **measure(shape, vlm, speed, repeats)})
+            rows.append({"sweep": name, **shape._asdict(), "scaled": False, **measure(shape, vlm, repeats)})
             del vlm
         if name == "llava-1.5-7b" and len(shapes) == 2:
             figures = [{k: v for k, v in row.items() if k.endswith(("_seconds", "_mib"))} for row in rows[first:]]
@@ -342,7 +328,7 @@ def summary(table: pd.DataFrame) -> str:
         f"The direct score costs between 1/{found['backward'].max():,.0f} and 1/{low:,.0f} of the backward pass over the whole sequence: "
         f"{verdict}. One token forward and backward on the cached prefix takes {found['cached'].min():.1f} to "
         f"{found['cached'].max():.1f} times as long as the direct score. At the last shape, {last['hidden']:.0f} wide with "
-        f"{layers}, a noun takes {1000 * last['direct_seconds']:,.0f} ms, {largest['limit']:.1f} times the limit of memory; the "
+        f"{layers}, a noun takes {1000 * last['direct_seconds']:,.0f} ms, {largest['limit']:.1f} times a bare product; the "
         f"backward pass alone {largest['backward']:,.0f} times as long (with its forward pass {largest['whole']:,.0f}), "
         f"one cached token {largest['cached']:.1f} times, and the release's table "
         f"{last['release_seconds'] / 3600:.2g} hours and {last['stored_mib'] / 1024:,.0f} GiB, once for all nouns."
@@ -350,7 +336,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def draw(table: pd.DataFrame) -> Any:
-    """A figure: time of each way over vocabulary, width and depth, both axes in powers; memory's limit dashed."""
+    """A figure: time of each way over vocabulary, width and depth, both axes in powers; a bare product with the weights dashed."""
     columns = {"vocabulary": "vocabulary", "width": "hidden", "depth": "layers"}
     labels = {"vocabulary": "words", "width": "width of the stream", "depth": "layers"}
     names = {
@@ -363,7 +349,7 @@ def draw(table: pd.DataFrame) -> Any:
         part = table[table["sweep"] == sweep]
         for (way, name), colour, mark in zip(names.items(), colours, "s^vo", strict=True):
             ax.plot(part[column], part[f"{way}_seconds"], color=colour, marker=mark, ms=4, label=name)
-        ax.plot(part[column], part["limit_seconds"], color="black", ls="--", lw=1, label="reading the weights once")
+        ax.plot(part[column], part["limit_seconds"], color="black", ls="--", lw=1, label="a bare product with the weights")
         ax.set(xscale="log", yscale="log", xlabel=labels[sweep])
         ax.set_xticks(part[column], [f"{value:,}" for value in part[column]], fontsize=7)
         ax.minorticks_off()

@@ -78,7 +78,16 @@ def test_the_stored_table_of_a_13b_model_is_the_releases() -> None:
 
 
 def test_the_peak_is_what_a_run_holds() -> None:
-    assert 60 < costs.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu")) < 90
+    held = torch.ones(2**20)
+
+    def two_of_three() -> torch.Tensor:
+        doubled = held * 2
+        fourfold = doubled * 2
+        del doubled
+        return fourfold * 2
+
+    for _ in range(2):
+        assert costs.peak(two_of_three, torch.device("cpu")) == pytest.approx(8, abs=1e-3)  # MiB
 
 
 def made() -> pd.DataFrame:
@@ -109,12 +118,10 @@ def test_the_figure_has_a_line_for_each_way_and_the_limit() -> None:
 def test_costs_has_a_row_for_each_shape_and_one_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Shape(32, 48, 1200, 1)
     monkeypatch.setattr(costs, "SWEEPS", {"width": (small,), "llava-1.5-7b": (small, small._replace(layers=2))})
-    monkeypatch.setattr(costs, "bandwidth", lambda device: 1e9)
     monkeypatch.setattr(costs, "build", functools.partial(costs.build, side=3))
     table = costs.costs(("width", "llava-1.5-7b"), repeats=1)
     assert table["layers"].tolist() == [1, 1, 2, 32] and table["scaled"].tolist() == [False, False, False, True]
     assert (table.filter(like="_seconds").iloc[:3] >= 0).all(axis=None)
-    assert table["limit_seconds"].iloc[0] == pytest.approx(32 * 48 * 4 / 1e9)
     with pytest.raises(mmn.MmnError, match="no shapes 'depth'"):
         costs.costs(("depth",))
 
