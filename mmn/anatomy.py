@@ -52,10 +52,17 @@ class Anatomy:
 
     def image_positions(self, ids: Tensor) -> Tensor:
         """Which positions of the stream hold the picture, bool `[batch, positions]`, when a prompt of `ids` is read."""
-        marks = torch.zeros_like(ids, dtype=torch.bool) if self.image_token is None else ids == self.image_token
+        return self.in_stream(ids, self._marks(ids))
+
+    def in_stream(self, ids: Tensor, values: Tensor) -> Tensor:
+        """What is said of each token of a prompt of `ids`, `[batch, tokens]`, of each position of the stream, `[batch, positions]`."""
         if self.stands_for == 1:
-            return marks
-        return torch.stack([row.repeat_interleave(1 + row * (self.stands_for - 1)) for row in marks])
+            return values
+        times = 1 + self._marks(ids) * (self.stands_for - 1)
+        return torch.stack([row.repeat_interleave(many) for row, many in zip(values, times, strict=True)])
+
+    def _marks(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids, dtype=torch.bool) if self.image_token is None else ids == self.image_token
 
     def words(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """The unembedding's rows of some tokens, float32 `[tokens, hidden]`."""

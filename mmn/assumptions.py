@@ -22,8 +22,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from mmn import plots
-from mmn.contribution import contributions, through_norm
-from mmn.decompose import lens, read_out
+from mmn.contribution import contributions, read_out, through_norm
+from mmn.decompose import lens
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import Removable, hooked
@@ -80,7 +80,7 @@ def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, un
     """The measured columns of `votes` for some neurons of a layer."""
     stream = trace.stream_at([noun.step])[0]
     written = _written(vlm, trace, noun, [Neuron(layer, unit) for unit in units])
-    logits = read_out(vlm, torch.cat([stream[None], stream - written]))
+    logits = read_out(vlm, torch.cat([stream[None], stream - written])).cpu()
     log_p = logits.log_softmax(-1)[:, noun.token]
     total = []
     for some in torch.tensor(units).split(127):
@@ -158,7 +158,8 @@ def cast_again(vlm: VLM, trace: Trace, noun: str | Noun, neurons: Sequence[Neuro
     written = _written(vlm, trace, chosen, neurons)
     pushed = torch.cat([written, _random_like(written, 0)])
     stream = trace.stream_at([chosen.step])[0]
-    empty, *logits = read_out(vlm, torch.cat([torch.zeros_like(stream)[None], stream[None], stream + pushed]))[:, chosen.token]
+    every = read_out(vlm, torch.cat([torch.zeros_like(stream)[None], stream[None], stream + pushed]))
+    empty, *logits = every[:, chosen.token].cpu()
     shrunk = (logits[0] - empty) * (1 / _scale(vlm, stream + pushed, stream) - 1)  # all but the biases
     direct = torch.stack(logits[1:]) - logits[0]
     rows = {"kind": ["vote"] * len(written) + ["random"] * len(written), "direct": direct.tolist(), "divisor": shrunk.tolist()}

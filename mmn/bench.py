@@ -93,8 +93,7 @@ def _wait() -> None:
 
 
 def atlas_memory(shape: costs.Shape, pictures: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """GiB that the atlas of a random model of this shape holds at its peak, above what the loaded model takes; nan where the system does
-    not say."""
+    """GiB of tensors that the atlas of a random model of this shape holds at its peak, above what the loaded model takes."""
     vlm = costs.build(shape, device=device, dtype=dtype)
     shown = sources.load("scenes", pictures, 0)
     return costs.peak(lambda: atlas.compute(vlm, shown), torch.device(device)) / 1024

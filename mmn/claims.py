@@ -139,8 +139,8 @@ def page(folder: Path) -> str:
 
     rows = collect(folder)
     paper = rows["source"].eq("abstract")
-    text = f"Claims read out of the paper's abstract, {paper.sum()}: {_counted(rows[paper])}. "
-    text += f"This project's own and other authors', {(~paper).sum()}: {_counted(rows[~paper])}.\n"
+    text = f"Our measures of what the paper's abstract names, {paper.sum()}: {_counted(rows[paper])}. "
+    text += f"Of this project's own and other authors' claims, {(~paper).sum()}: {_counted(rows[~paper])}.\n"
     for chapter, part in rows.groupby("chapter", sort=True):
         first = nbformat.read(folder / f"{chapter}.ipynb", as_version=4).cells[0].source
         title = first.splitlines()[0].lstrip("# ").split(":")[0]

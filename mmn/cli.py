@@ -13,11 +13,9 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
-from mmn.hooks import uninterrupted
+from mmn.paths import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,16 +184,11 @@ def read_picture(picture: str, seed: int) -> Image.Image:
 
 def tabulate(vlm: mmn.VLM, noun: str, ranking: mmn.NeuronRanking) -> pd.DataFrame:
     """One row a neuron: noun, rank from 1, layer, unit, score, and the tokens it writes."""
-    import pandas as pd
-
     import mmn
 
-    written = mmn.top_tokens(vlm, ranking.neurons, k=10)["tokens"]
-    rows = [
-        {"noun": noun, "rank": place, "layer": neuron.layer, "unit": neuron.unit, "score": float(score), "tokens": list(tokens)}
-        for place, (neuron, score, tokens) in enumerate(zip(ranking.neurons, ranking.scores, written, strict=True), start=1)
-    ]
-    return pd.DataFrame(rows)
+    table = ranking.table().reset_index().drop(columns="activation")
+    table.insert(0, "noun", noun)
+    return table.assign(tokens=mmn.top_tokens(vlm, ranking.neurons, k=10)["tokens"].tolist())
 
 
 def draw(
@@ -242,34 +235,13 @@ def replaced(out: Path) -> Iterator[Path]:
         raise MmnError(f"{out} exists and is no result of this command; choose another --out.")
     made = [parent for parent in out.parents if not parent.exists()]  # deepest first
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise MmnError(f"Nothing can be written to {out.parent} ({error.strerror}); choose another --out.") from error
-    try:
-        yield fresh
-        fresh.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        _swap(fresh, out)
-    except OSError as error:
-        if error.errno is None:  # not of this machine's files
-            raise
-        raise MmnError(
-            f"The results could not be written to {out} ({error.strerror}); free some space or choose another --out."
-        ) from error
+        with whole(out) as fresh:
+            fresh.mkdir()
+            yield fresh
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
         for parent in made if not out.exists() else ():
-            parent.rmdir()
-
-
-def _swap(fresh: Path, out: Path) -> None:
-    """Put `fresh` where `out` is; Ctrl-C waits until it is done."""
-    with uninterrupted():
-        old = fresh.with_name(fresh.name + "-old")
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                parent.rmdir()
 
 
 if __name__ == "__main__":

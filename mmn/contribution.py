@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -210,6 +211,7 @@ def through_norm(vlm: VLM, directions: Tensor, stream: Tensor) -> Tensor:
         return directions
     stream = stream.to(directions.device)
     gain, centre = _norm_gain(vlm)
+    gain = gain.to(stream.device)
     scaled = gain * (stream - stream.mean(-1, keepdim=True) if centre else stream)
     out = normed(vlm, stream) - normed(vlm, torch.zeros_like(stream))
     directions = directions * gain * (out.norm(dim=-1, keepdim=True) / scaled.norm(dim=-1, keepdim=True))
@@ -300,7 +302,8 @@ def gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     noun."""
     values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
     return [
-        torch.stack([(z[0, -1] * g[0, -1]).float().cpu() for z, g in each]) for each in zip(*(v[0] for v in values), strict=True)
+        torch.stack([(z[0, -1].float() * g[0, -1].float()).cpu() for z, g in each])
+        for each in zip(*(v[0] for v in values), strict=True)
     ]
 
 
@@ -310,7 +313,7 @@ def gradient_image(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor
         raise MmnError("The score gradient_image needs a picture, and this text was written without one.")
     values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
     return [
-        torch.stack([(z * g)[mask].sum(0).float().cpu() for (z, g), (_, mask) in zip(each, values, strict=True)])
+        torch.stack([(z[mask].float() * g[mask].float()).sum(0).cpu() for (z, g), (_, mask) in zip(each, values, strict=True)])
         for each in zip(*(v[0] for v in values), strict=True)
     ]
 
@@ -320,17 +323,19 @@ def _activations_and_gradients(vlm: VLM, trace: Trace, noun: Noun) -> tuple[list
     """For each layer the activations and the gradient of the noun's logit by them, `[1, positions, neurons]`, and where the
     picture is."""
     inputs = vlm.replay(trace, noun.step)
-    seen: list[Tensor] = []
+    places = vlm.image_positions(inputs).cpu()
+    # A layer that the pass leaves out, as Mllama does without a picture, has activations of 0, as in a Trace.
+    seen = [torch.zeros(*places.shape, ffn.neurons, requires_grad=True) for ffn in vlm.anatomy.ffns]
 
-    def watch(activations: Tensor) -> Tensor:
+    def watch(layer: int, activations: Tensor) -> Tensor:
         # A layer of no neurons goes on with what it was given, so that any may be the first to need a leaf.
-        seen.append(activations if activations.requires_grad else activations.detach().requires_grad_())
-        return seen[-1]
+        seen[layer] = activations if activations.requires_grad else activations.detach().requires_grad_()
+        return seen[layer]
 
-    with torch.enable_grad(), hooked(ffn.watch(watch) for ffn in vlm.anatomy.ffns):
+    with torch.enable_grad(), hooked(ffn.watch(partial(watch, layer)) for layer, ffn in enumerate(vlm.anatomy.ffns)):
         logit = vlm.model(**inputs, use_cache=False).logits[0, -1, noun.token].float()
     gradients = torch.autograd.grad(logit, seen, materialize_grads=True, allow_unused=True)
-    return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], vlm.image_positions(inputs).cpu()
+    return [(z.detach(), g) for z, g in zip(seen, gradients, strict=True)], places
 
 
 # ------------------------------------------------------------------------------------------------------------------- ranking

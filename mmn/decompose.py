@@ -12,8 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmn import contribution
-from mmn.contribution import through_norm
+from mmn.contribution import read_out, through_norm
 from mmn.ffn import FFN
 from mmn.hooks import Removable, hooked
 from mmn.nouns import Noun
@@ -77,12 +76,6 @@ def decompose(vlm: VLM, trace: Trace, noun: str | Noun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "layer", "logit"])
 
 
-def read_out(vlm: VLM, stream: Tensor) -> Tensor:
-    """The final norm and the unembedding applied to vectors of the stream `[n, hidden]`: logits, float32 `[n, vocabulary]`. Raises
-    MmnError for a model that bends its logits."""
-    return contribution.read_out(vlm, stream).cpu()
-
-
 def lens(vlm: VLM, trace: Trace, step: int, positions: Tensor | None = None, tokens: Sequence[int] | None = None) -> Tensor:
     """The logit lens (nostalgebraist 2020): final norm and unembedding applied to the stream before each layer and after the last, as log
     probabilities `[layers + 1, positions, vocabulary]`, at some positions (an index; default: the last alone) and of some tokens
@@ -101,4 +94,4 @@ def _lenses(vlm: VLM, trace: Trace, step: int, positions: Tensor | None) -> Iter
     """Log probabilities `[positions, vocabulary]` before each layer and after the last; one after the other, since all are large."""
     stream, _, _ = streams(vlm, trace, step)
     for layer in stream:
-        yield read_out(vlm, layer[-1:] if positions is None else layer[positions]).log_softmax(-1)
+        yield read_out(vlm, layer[-1:] if positions is None else layer[positions]).log_softmax(-1).cpu()

@@ -78,9 +78,10 @@ class Edit:
         if other.model_hash != self.model_hash:
             raise MmnError(f"These edits belong to different models ({self.model_hash} and {other.model_hash}): fit both on one.")
         neurons = list(dict.fromkeys([*self.neurons, *other.neurons]))
+        place = {neuron: row for row, neuron in enumerate(neurons)}
         changes = torch.zeros(len(neurons), self.changes.shape[1])
         for edit in (self, other):
-            changes[[neurons.index(neuron) for neuron in edit.neurons]] += edit.changes
+            changes.index_add_(0, torch.tensor([place[neuron] for neuron in edit.neurons]), edit.changes)
         report = {"sum of": [self.report, other.report]}
         target = " + ".join(word for word in (self.target, other.target) if word)
         return Edit(neurons, changes, self.model_hash, f"{self.source} + {other.source}", target, report)
@@ -110,12 +111,16 @@ class Edit:
             raise MmnError("The weights of this model are quantised or offloaded and cannot be changed in place: use how='hook'.")
         lost = self.lost(vlm) if plain and how != "hook" else 0.0
         if how == "weights" and lost > LOST:
-            warnings.warn(f"Rounding to the weights' type takes {lost:.0%} of this edit: apply it by how='hook'.", stacklevel=4)
-        if how == "hook" or not plain or (how == "auto" and lost > LOST):
-            with added(vlm, self.neurons, self.changes):
-                yield vlm
-            return
+            warnings.warn(f"Rounding to the weights' type takes {lost:.0%} of this edit: apply it by how='hook'.", stacklevel=3)
         active = _active(vlm)
+        if how == "hook" or not plain or (how == "auto" and lost > LOST):
+            active.hooks += 1
+            try:
+                with added(vlm, self.neurons, self.changes):
+                    yield vlm
+            finally:
+                active.hooks -= 1
+            return
         entry = (self,)  # an entry of its own, so that an edit can be applied twice
         try:
             try:
@@ -351,6 +356,7 @@ class Edit:
         activations = torch.stack([torch.cat([t.activations[layer][:, unit] for t in traces]) for layer, unit in neurons], -1)
         stream = torch.cat([trace.stream for trace in traces if trace.stream is not None])
         changes = torch.zeros(len(neurons), vlm.hidden)
+        bias = getattr(vlm.anatomy.unembedding, "bias", None)
         for (old, new), steps in swaps.items():
             words = vlm.anatomy.words([new, old])
             along = through_norm(vlm, (words[:1] - words[1:]).expand(len(stream), -1), stream).cpu()
@@ -358,6 +364,7 @@ class Edit:
             moved = activations * (along @ direction)[:, None]  # of the logits' difference, by one unit of C
             wanted = torch.zeros(len(stream))
             distance = normed(vlm, stream).cpu() @ (words[1] - words[0]).cpu() * (vlm.anatomy.scale or 1.0)
+            distance += 0.0 if bias is None else float(bias[old] - bias[new]) * (vlm.anatomy.scale or 1.0)
             wanted[steps] = distance[steps] + margin
             if not moved[steps].any():
                 raise MmnError(
@@ -383,6 +390,7 @@ def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score:
     """The k neurons with the highest mean score for a concept over the captions that say it, best first: the rows to edit.
 
     Raises MmnError if no caption says it."""
+    whole_number("k", k)
     said = [trace for trace in traces if says(trace, concept)]
     if not said:
         raise MmnError(f"None of these {len(traces)} captions says {concept!r}: choose other pictures.")
@@ -392,7 +400,7 @@ def located(vlm: VLM, traces: Sequence[Trace], concept: str, k: int = 10, score:
 
 def _checked(vlm: VLM, neurons: Sequence[Neuron], source: str, target: str) -> list[Neuron]:
     """The neurons, each once. Raises MmnError for what no fit can begin with."""
-    if _active(vlm).edits:
+    if _active(vlm).edits or _active(vlm).hooks:
         raise MmnError("An edit is fitted on the unedited model: leave the block of the edit that is applied first.")
     neurons = list(neurons)
     if not neurons:
@@ -413,6 +421,7 @@ class _Active:
     def __init__(self) -> None:
         self.edits: list[tuple[Edit]] = []
         self.blocks: list[tuple[Edit, AbstractContextManager[VLM]]] = []  # entered by `Edit.apply`
+        self.hooks = 0  # edits that are on by hook
         self.originals: dict[int, dict[int, Tensor]] = {}
 
     @torch.no_grad()
@@ -420,15 +429,16 @@ class _Active:
         """Set every column that `changed` names to its original plus the sum of the changes of all edits that are on.
 
         The sum is taken in float64, where it does not depend on the order, and rounded once."""
+        every: dict[Neuron, list[Tensor]] = {}
+        for (edit,) in self.edits:
+            for neuron, change in zip(edit.neurons, edit.changes, strict=True):
+                every.setdefault(neuron, []).append(change.double())
         for layer, group in by_layer(changed.neurons).items():
             weight = vlm.anatomy.ffns[layer].columns
             originals = self.originals.setdefault(layer, {})
-            for _, unit in group:
-                originals.setdefault(unit, weight[:, unit].clone())
             for unit in dict.fromkeys(unit for _, unit in group):
-                neuron = Neuron(layer, unit)
-                on = [edit.changes[i].double() for (edit,) in self.edits for i, n in enumerate(edit.neurons) if n == neuron]
-                if on:
+                originals.setdefault(unit, weight[:, unit].clone())
+                if on := every.get(Neuron(layer, unit)):
                     total = originals[unit].double() + torch.stack(on).sum(0).to(weight.device)
                     weight[:, unit] = total.to(weight.dtype)
                 else:

@@ -11,16 +11,17 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 import mmn
-from mmn import metrics, scenes
+from mmn import metrics, properties, scenes
 from mmn.arguments import at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
@@ -61,11 +62,7 @@ def unbiased(count: int, first: int, style: str | None = None) -> list[scenes.Sc
 
 def captions(vlm: mmn.VLM, found: Sequence[scenes.Scene], batch: int) -> list[str]:
     """What the model says of each scene."""
-    texts = []
-    for start in tqdm(range(0, len(found), batch), desc="captions", leave=False):
-        part = found[start : start + batch]
-        texts += [trace.text for trace in vlm.caption([s.image for s in part], batch_size=batch, record=False)]
-    return texts
+    return [trace.text for trace in vlm.caption([s.image for s in found], batch_size=batch, record=False)]
 
 
 def repeats(text: str, scene: scenes.Scene) -> bool:
@@ -121,18 +118,9 @@ def partnerless(pairs: dict[str, str], count: int) -> list[scenes.Scene]:
 def answer_figures(vlm: mmn.VLM, count: int, batch: int) -> dict[str, Interval]:
     """Balanced yes/no questions on pictures; facts without a picture."""
     asked = [(scene, q) for scene in unbiased(count, 3 * 10**6) for q in scenes.questions(scene) if q.kind == "yesno"]
-    right = []
-    for start in tqdm(range(0, len(asked), batch), desc="questions", leave=False):
-        part = asked[start : start + batch]
-        traces = vlm.caption(
-            [scene.image for scene, _ in part],
-            prompt=[q.text for _, q in part],
-            prefix="",
-            max_new_tokens=4,
-            batch_size=batch,
-            record=False,
-        )
-        right += [trace.text.strip() == q.answer for trace, (_, q) in zip(traces, part, strict=True)]
+    pictures, texts = [scene.image for scene, _ in asked], [q.text for _, q in asked]
+    traces = vlm.caption(pictures, texts, "", 4, batch_size=batch, record=False)
+    right = [trace.text.strip() == q.answer for trace, (_, q) in zip(traces, asked, strict=True)]
     facts = [q for q in scenes.facts() if q.kind == "fact"]
     known = [vlm.answer(q.text) == q.answer for q in tqdm(facts, desc="facts", leave=False)]
     return {
@@ -180,17 +168,9 @@ def neuron_figures(vlm: mmn.VLM, count: int, batch: int, draws: int = 20) -> dic
         gone += [noun not in scenes.mentions(trace.text) for trace, (_, noun, _) in zip(traces, some, strict=True)]
     by_scene = [index for index, _, _ in jobs[::2]]
     columns = np.concatenate([np.array(rows), np.reshape(gone, (-1, 2)).astype(float)], axis=1).T
-    return {key: clustered(by_scene, column) for key, column in zip((*keys, "flip_top20", "flip_random20"), columns, strict=True)}
-
-
-def clustered(groups: Iterable[int], values: np.ndarray) -> Interval:
-    """The mean over nouns with an interval that resamples scenes."""
-    sums: dict[int, list[float]] = {}
-    for group, value in zip(groups, values, strict=True):
-        both = sums.setdefault(group, [0.0, 0.0])
-        both[0] += float(value)
-        both[1] += 1.0
-    return metrics.bootstrap(list(sums.values()), metrics.ratio)
+    names = (*keys, "flip_top20", "flip_random20")
+    frame = pd.DataFrame(dict(zip(names, columns, strict=True))).assign(picture=by_scene)
+    return {name: properties.clustered(frame, name) for name in names}
 
 
 def cost_figures(vlm: mmn.VLM) -> dict[str, Interval]:
@@ -200,11 +180,13 @@ def cost_figures(vlm: mmn.VLM) -> dict[str, Interval]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     seconds = []
-    for scene in scenes.sample(20, first=5 * 10**6):
-        start = time.perf_counter()
-        vlm.caption(scene.image, record=False)
-        seconds.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
+    try:
+        for scene in scenes.sample(20, first=5 * 10**6):
+            start = time.perf_counter()
+            vlm.caption(scene.image, record=False)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return {"megabytes": Interval(size, size, size), "seconds_per_caption": metrics.bootstrap(seconds, metrics.mean)}
 
 

@@ -5,7 +5,6 @@ a still picture where none is."""
 
 from __future__ import annotations
 
-import difflib
 import html
 import re
 from base64 import b64encode
@@ -74,8 +73,8 @@ class Explorer:
 
     Raises MmnError where the caption has no words."""
 
-    def __init__(self, vlm: VLM, image: Image.Image, k: int = 10, score: str = "direct"):
-        self.vlm, self.k, self.score = vlm, k, score
+    def __init__(self, vlm: VLM, image: Image.Image, k: int = 10):
+        self.vlm, self.k = vlm, k
         self.trace = vlm.caption(image)
         self.words = words(self.trace)
 
@@ -94,7 +93,7 @@ class Explorer:
     def neurons(self, word: Noun) -> pd.DataFrame:
         """The k neurons that contribute most to a word: one row each, by name, with layer, unit, score, activation and the
         tokens that it writes (best first)."""
-        ranking = rank(self.vlm, self.trace, word, self.k, self.score)
+        ranking = rank(self.vlm, self.trace, word, self.k)
         table = top_tokens(self.vlm, ranking.neurons).drop(columns="weights")
         return table.assign(score=ranking.scores, activation=ranking.activations)
 
@@ -207,13 +206,11 @@ def lines_of(table: pd.DataFrame) -> list[str]:
 
 def marked(before: str, after: str) -> str:
     """Two captions as HTML; words that only one of them has are marked as deleted and inserted."""
-    old, new = before.split(), after.split()
-    shown: tuple[list[str], list[str]] = ([], [])
-    for what, a, b, c, d in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
-        for line, some, mark in ((0, old[a:b], "del"), (1, new[c:d], "ins")):
-            escaped = html.escape(" ".join(some))
-            shown[line].append(escaped if what == "equal" or not some else f"<{mark}>{escaped}</{mark}>")
-    return "<p><b>as it is:</b> {}<br><b>now:</b> {}</p>".format(*(" ".join(filter(None, line)) for line in shown))
+    lines = [
+        " ".join(f"<{mark}>{html.escape(word)}</{mark}>" if changed else html.escape(word) for word, changed in words)
+        for mark, words in zip(("del", "ins"), plots.compared(before, after), strict=True)
+    ]
+    return "<p><b>as it is:</b> {}<br><b>now:</b> {}</p>".format(*lines)
 
 
 def _named(table: pd.DataFrame) -> list[Neuron]:

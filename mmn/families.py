@@ -29,6 +29,7 @@ from mmn.anatomy import Anatomy, find, is_linear, is_norm
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.ffn import FFN, Experts, Mixture, Neuron, parts
+from mmn.hooks import hooked
 from mmn.tree import overlooked
 from mmn.vlm import quiet
 
@@ -443,12 +444,8 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def activations(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Each layer's activations `[batch, positions, neurons]`."""
     seen: list[Tensor] = []
-    handles = [ffn.watch(lambda a: seen.append(a.clone())) for ffn in anatomy.ffns]
-    try:
+    with hooked(ffn.watch(lambda a: seen.append(a.clone())) for ffn in anatomy.ffns):
         logits(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
@@ -484,12 +481,11 @@ def reconstructs(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> boo
         given: list[Tensor] = []
         watch = part.watch(lambda a, seen=seen: seen.append(a.flatten(0, -2)))  # type: ignore[misc]
         keep = part.projection.register_forward_hook(lambda _, __, out, given=given: given.append(out.flatten(0, -2)))
-        logits(model, inputs)
         every = list(range(part.neurons))
-        with rewritten(part, every, -part.write(every)):
+        with hooked([watch, keep]):
             logits(model, inputs)
-        watch.remove()
-        keep.remove()
+            with rewritten(part, every, -part.write(every)):
+                logits(model, inputs)
         whole = (given[0] - given[-1]).unflatten(0, (-1, len(seen[0]))).sum(0)  # experts given apart are added up later
         held.append(close(seen[0] @ part.write(every), whole))
         held.append(close((seen[0] * part.read(token)[0]).sum(-1), whole @ token[0]))
@@ -510,12 +506,11 @@ def zeroes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
             a[..., units] = 0
             return a
 
-        handle = ffn.watch(change)
-        hooked = logits(model, inputs)
-        handle.remove()
+        with hooked([ffn.watch(change)]):
+            silent = logits(model, inputs)
         with rewritten(ffn, units, -ffn.write(units)):
             weighed = logits(model, inputs)
-        held.append(close(hooked, weighed) and not torch.equal(hooked, plain))
+        held.append(close(silent, weighed) and not torch.equal(silent, plain))
     return bool(held) and all(held) and torch.equal(logits(model, inputs), plain)
 
 
@@ -537,9 +532,9 @@ def undoes(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
     with edit.applied(vlm, "weights") if ffn.plain else rewritten(ffn, units, changes):
         weighed = logits(model, inputs)
     with edit.applied(vlm, "hook"):
-        hooked = logits(model, inputs)
+        by_hook = logits(model, inputs)
     same = all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    return close(hooked, weighed) and not torch.equal(weighed, plain) and same and torch.equal(logits(model, inputs), plain)
+    return close(by_hook, weighed) and not torch.equal(weighed, plain) and same and torch.equal(logits(model, inputs), plain)
 
 
 def sees(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> tuple[int, bool]:
@@ -552,11 +547,8 @@ def sees(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> tuple[int, 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-        handle = anatomy.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with hooked([anatomy.layers[0].register_forward_pre_hook(hook, with_kwargs=True)]):
             said = logits(model, given)
-        finally:
-            handle.remove()
         return kept[0], said
 
     name = next(key for key in inputs if key in ("pixel_values", "flattened_patches"))
@@ -664,12 +656,8 @@ def adds_up(model: Any, anatomy: Anatomy, inputs: dict[str, Tensor]) -> bool:
         return ((fresh, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fresh})
 
     handles.append(anatomy.layers[0].register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        with torch.enable_grad():
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.enable_grad():
+        model(**inputs, use_cache=False)
     logit = target[0][0, -1].float() @ anatomy.unembedding.weight[25].float()
     sources = [*leaves.values(), *constants, entry[0]]
     gradients = dict(zip(map(id, sources), torch.autograd.grad(logit, sources, allow_unused=True), strict=True))

@@ -120,7 +120,7 @@ def seen_box(vlm: VLM, size: tuple[int, int]) -> tuple[float, float, float, floa
     across, down = share[0].median(0).values, share[1].median(1).values
     left, right = _ends(across)
     top, bottom = _ends(down)
-    found = (left * width, top * height, right * width, bottom * height)
+    found = tuple(share * (side - 1) + 0.5 for share, side in ((left, width), (top, height), (right, width), (bottom, height)))
     return tuple(0.0 if abs(v) < 1 else round(v, 2) for v in found) if _differs(found, whole) else whole  # type: ignore[return-value]
 
 

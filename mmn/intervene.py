@@ -183,11 +183,16 @@ def shuffle_image_tokens(vlm: VLM, permutation: Tensor | None = None, *, seed: i
         if not where or embedded is None or embedded.shape[:2] != where[0].shape or not where[0].any():
             return None
         moved = embedded.clone()
+        order: list[Tensor] = []  # of the image positions of all rows, one row after another
         for row, mask in enumerate(where[0].to(embedded.device)):
-            if mask.any():
-                moves = moves or int(mask.sum()) > 1
-                moved[row, mask] = embedded[row, mask][state.of(int(mask.sum())).to(embedded.device)]
-        return args, {**kwargs, "inputs_embeds": moved}
+            if count := int(mask.sum()):
+                moves = moves or count > 1
+                turned = state.of(count).to(embedded.device)
+                moved[row, mask] = embedded[row, mask][turned]
+                order.append(turned + sum(map(len, order)))
+        deep = kwargs.get("deepstack_visual_embeds")  # what some models add at the same positions in later layers
+        more = {"deepstack_visual_embeds": [each[torch.cat(order)] for each in deep]} if deep else {}
+        return args, {**kwargs, "inputs_embeds": moved, **more}
 
     places = (vlm.model, find), (vlm.anatomy.decoder, move)
     with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in places):

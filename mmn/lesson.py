@@ -31,7 +31,10 @@ def captions(
     vlm: VLM, images: Image.Image | Sequence[Image.Image], source: str, keep: Image.Image | Sequence[Image.Image],
     texts: Sequence[str], prompt: str | Sequence[str] | None, prefix: str, limit: int, record: bool,
 ) -> tuple[list[Trace], list[Trace]]:  # fmt: skip
-    """What the model says of the pictures where it says the source, and of what is to be kept."""
+    """What the model says of the pictures where it says the source, and of what is to be kept. Raises MmnError for texts that are one
+    text and no list, and where no caption says the source."""
+    if isinstance(texts, str):
+        raise MmnError(f"texts is a list of texts, not {texts!r}: put it in brackets.")
     prompt = vlm.prompt if prompt is None else prompt
     prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
     given, keep = (list(each) if isinstance(each, Iterable) else [each] for each in (images, keep))
@@ -244,12 +247,15 @@ def lesson(vlm: VLM, said: Sequence[Trace], kept: Sequence[Trace], source: str, 
         if target and (as_it_was := replaced(trace, source, target, fitting=False)) != text:
             row = Row.of(vlm, trace, as_it_was)
             rows.append(replace(row, stay=[place for place in row.stay if place + 1 not in row.new]))
-    rows += [Row.of(vlm, trace, trace.text) for trace in kept]
-    rows.sort(key=lambda row: (row.trace.image is None, len(row.answer)))  # of like length, with and without a picture apart
+    return batched(vlm, rows + [Row.of(vlm, trace, trace.text) for trace in kept], batch_size)
+
+
+def batched(vlm: VLM, rows: Sequence[Row], size: int) -> list[Batch]:
+    """Rows as batches, of like length together, with and without a picture apart."""
     batches = []
-    for _, group in itertools.groupby(rows, key=lambda row: row.trace.image is None):
-        some = list(group)
-        batches += [Batch(vlm, some[start : start + batch_size]) for start in range(0, len(some), batch_size)]
+    for bare in (False, True):
+        some = sorted((row for row in rows if (row.trace.image is None) == bare), key=lambda row: len(row.answer))
+        batches += [Batch(vlm, some[start : start + size]) for start in range(0, len(some), size)]
     return batches
 
 
@@ -318,7 +324,7 @@ class Moments:
         mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool().clone()
         for index, row in enumerate(batch.rows):
             mask[index] &= not row.new
-        self.mask = mask
+        self.mask = self.vlm.anatomy.in_stream(ids, mask)
 
     def whitened(self, layer: int, ridge: float) -> Tensor:
         """`(C / c + ridge)^-1/2`, c the mean of C's diagonal: changes cost the more, the more active their neurons are elsewhere."""

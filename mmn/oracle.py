@@ -60,7 +60,7 @@ class Moment:
         before = {k: v[:, :-1] if v.shape[:2] == ids.shape and k != "pixel_values" else v for k, v in inputs.items()}
         with torch.no_grad():
             self._reader, self._cache = _read(vlm, before)
-        self._last, self._length = ids[:, -1:], ids.shape[1]
+        self._last, self._length = ids[:, -1:], vlm.image_positions(inputs).shape[1]
         self._packs()  # now, while no watcher is on
 
     def logits(self, rows: int, handles: Sequence[Any] = (), *, grad: bool = False) -> Tensor:

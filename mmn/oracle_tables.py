@@ -25,13 +25,9 @@ SLACK = {"spearman": 0.06, "spearman_logit": 0.06, "spearman_centred": 0.06, "au
 HELD_OUT = tuple(sorted(scenes.CONCEPTS))[::2]
 
 
+@functools.lru_cache(maxsize=1)
 def scores(vlm: VLM) -> dict[str, Scorer]:
     """All scores, the calibrated one included where the model can be calibrated; fitted once a model."""
-    return _scores(vlm.hash, vlm)
-
-
-@functools.lru_cache(maxsize=2)
-def _scores(vlm_hash: str, vlm: VLM) -> dict[str, Scorer]:
     try:
         return oracle.ALL | {"calibrated": calibration(vlm)}
     except MmnError:  # it names nothing, or its FFNs are mixtures

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmn.errors import MmnError
+from mmn.hooks import uninterrupted
 
 
 def data_path(name: str) -> Path:
@@ -24,20 +25,26 @@ def data_path(name: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file or a folder to: it becomes `path` when the block ends well, and vanishes when it does not. Only a kill
-    leaves it behind, as `.NAME.PID.part`.
+    """A place to write a file or a folder to: it becomes `path`, in the place of what was there, when the block ends well, and vanishes
+    when it does not. Only a kill leaves it behind, as `.NAME.PID.part`.
 
     Raises MmnError where nothing can be written, such as on a full disk."""
     if not path.name:
         raise MmnError(f"{str(path)!r} names no file: give a name.")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            os.replace(part, path)
+            with uninterrupted():
+                if part.is_dir() and path.exists():  # which a folder cannot take the place of
+                    os.replace(path, old)
+                os.replace(part, path)
         finally:
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            if old.exists() and not path.exists():  # the new one did not get there
+                os.replace(old, path)
+            for left in (part, old):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MmnError(f"{path} could not be written ({reason}): free some space or choose another place.") from error

@@ -52,7 +52,9 @@ def read_settings(out: Path) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of the checkout that this package is run from, if it is one; `+` where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    if shutil.which("git") is None:
+    if (
+        shutil.which("git") is None or not (Path(__file__).parent.parent / ".git").exists()
+    ):  # git would climb on, to another project
         return None
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
@@ -110,13 +112,15 @@ def pictures_of(out: Path, settings: dict[str, Any], shard: int | None = None) -
 
 
 def load(settings: dict[str, Any], model: str, device_map: str | None = None) -> VLM:
-    """A model of the run, by its name in the settings. Raises MmnError if there is none."""
+    """A model of the run, by its name in the settings; drawn scenes have words of their own. Raises MmnError if there is none."""
     import mmn
+    from mmn.nouns import scene_nouns
 
     if model not in settings["models"]:
         raise MmnError(f"The run has no model {model!r}, only {', '.join(settings['models'])}.")
     options = dict(settings["models"][model])
-    return mmn.load(options.pop("name"), device_map=device_map, **options)
+    lexicon = scene_nouns if settings["images"] == "scenes" else None
+    return mmn.load(options.pop("name"), device_map=device_map, lexicon=lexicon, **options)
 
 
 def own_gpus(out: Path, machine: dict[str, Any]) -> Any:
@@ -172,15 +176,17 @@ def _compute(
 
     folder = out / "parts" / model
     vlm = load(settings, model, machine["device_map"])
+    if stage != "rankings" and {json.loads(path.read_text())["hash"] for path in folder.glob("model-*.json")} != {vlm.hash}:
+        raise MmnError(f"The weights of {model} are not those that wrote its captions: start the run again in another folder.")
     common = {"prompt": settings["prompt"]}
     if stage == "rankings":
         found = stages.rankings(vlm, pictures, top_k=settings["top_k"], batch_size=machine["batch"], **common)
         put(folder / f"model-{shard}.json", json.dumps(about(vlm), sort_keys=True) + "\n")
     elif stage == "properties":
-        captions = _read(folder / f"captions-{shard}.csv")
+        captions = read(folder / f"captions-{shard}.csv")
         found = stages.properties_of(vlm, pictures, captions, top_k=settings["top_k"], seed=settings["seed"], **common)
     else:
-        captions = pd.concat([_read(folder / f"captions-{n}.csv") for n in range(settings["shards"])], ignore_index=True)
+        captions = pd.concat([read(folder / f"captions-{n}.csv") for n in range(settings["shards"])], ignore_index=True)
         found = stages.edits(
             vlm, pictures, captions, count=settings["edits"], seed=settings["seed"], batch_size=machine["batch"], **common
         )
@@ -208,7 +214,7 @@ def about(vlm: VLM) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read(path: Path) -> pd.DataFrame:
     """A table of text and numbers. A noun may be "nan" or "null": only in columns of numbers does an empty cell mean that there is none."""
     import pandas as pd
 
@@ -238,7 +244,7 @@ def gathered(out: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
                 for path in paths:
                     name = path.name.removesuffix(f"{suffix}.csv")
                     if path.suffix == ".csv":
-                        parts["problems" if name.endswith("problems") else name].append(_read(path))
+                        parts["problems" if name.endswith("problems") else name].append(read(path))
             else:
                 parts["problems"].append(stages.table("problems", [_missing(out, model, stage, suffix)]))
         computed = [json.loads(path.read_text()) for path in sorted((out / "parts" / model).glob("model-*.json"))]
@@ -254,13 +260,14 @@ def gathered(out: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
             whole.setdefault(name, []).append(frame.assign(model=model)[["model", *frame.columns]])
     tables = {name: _joined(frames) for name, frames in whole.items()}
     if (out / "dead.csv").exists():
-        dead = _read(out / "dead.csv")
+        dead = read(out / "dead.csv")
         rows = {"model": "", "picture": dead["url"], "stage": DEAD, "kind": "note", "problem": "dead address: " + dead["reason"]}
         tables["problems"] = _joined([tables["problems"], pd.DataFrame(rows)])
     pictures = (out / "pictures.csv").read_bytes()
+    found = pd.read_csv(out / "pictures.csv", keep_default_na=False)  # a name may hold the end of a line
     record = {
         "settings": settings,
-        "pictures": {"found": pictures.count(b"\n") - 1, "sha256": hashlib.sha256(pictures).hexdigest()},
+        "pictures": {"found": len(found), "sha256": hashlib.sha256(pictures).hexdigest()},
         "models": models,
         "units": stages.UNITS,
         "protocol": "this project's own: mmn.stages",
@@ -284,7 +291,9 @@ def pieces_of(settings: dict[str, Any]) -> list[tuple[str, str]]:
 def _missing(out: Path, model: str, stage: str, suffix: str) -> dict[str, str]:
     log = out / "logs" / f"{model}-{stage}{suffix}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    reason = lines[-1] if lines else "it left no word (a full disk?)" if log.exists() else "it was not run"
+    reason = (
+        lines[-1] if lines else "it left no word (a full disk, or refused by the scheduler?)" if log.exists() else "it was not run"
+    )
     piece = f"shard {suffix[1:]} is missing" if suffix else "all are missing"
     return {"picture": "", "stage": stage, "kind": "missing", "problem": f"{piece}: {reason}"}
 

@@ -141,7 +141,7 @@ def caption_change(before: str, after: str, ax: Axes | None = None, names: tuple
     """Write two captions one under the other; words that only one of them has are bold, coloured and underlined."""
     ax = _axes(ax, 7.5, 1.1)
     ax.set_axis_off()
-    for row, (name, words, colour) in enumerate(zip(names, _compared(before, after), (BLUE, VERMILION), strict=True)):
+    for row, (name, words, colour) in enumerate(zip(names, compared(before, after), (BLUE, VERMILION), strict=True)):
         foot = (0.0, 0.7 - 0.5 * row)
         ax.annotate(label(name), foot, xycoords="axes fraction", color=GREY, va="bottom")
         text = ax.annotate("", foot, xycoords="axes fraction", xytext=(48, 0), textcoords="offset points", va="bottom")
@@ -161,13 +161,13 @@ def caption_text(before: str, after: str, names: tuple[str, str] = ("before", "a
     from IPython.display import HTML  # not among what the package itself needs
 
     lines = []
-    for name, words in zip(names, _compared(before, after), strict=True):
+    for name, words in zip(names, compared(before, after), strict=True):
         said = " ".join(f"<b><u>{html.escape(word)}</u></b>" if changed else html.escape(word) for word, changed in words)
         lines.append(f"<div>{html.escape(name)}: {said}</div>")
     return HTML("\n".join(lines))
 
 
-def _compared(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+def compared(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """The words of two captions, each with whether the other lacks it."""
     old, new = before.split(), after.split()
     kept = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_matching_blocks()

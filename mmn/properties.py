@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 import mmn
 from mmn import metrics
 from mmn.bars import tqdm
-from mmn.contribution import SCORES
+from mmn.contribution import direct
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.ffn import neurons_at as neurons_at
@@ -74,18 +75,14 @@ class Case:
         return neurons_at(self.layers, self.order(k))
 
 
-def cases(
-    vlm: VLM, pictures: Sequence[Image.Image | Scene], *, score: str = "direct", force: bool = False, batch_size: int = 16
-) -> list[Case]:
-    """Caption pictures or scenes and score every neuron for every noun.
+def cases(vlm: VLM, pictures: Sequence[Image.Image | Scene], *, force: bool = False) -> list[Case]:
+    """Caption pictures or scenes and give every neuron its direct score for every noun.
 
     Of a scene only nouns that it shows are kept. With `force`, a scene of which the model names nothing gets its true caption word by
-    word instead: the only way to ask an untrained model. Raises MmnError for no pictures or an unknown score."""
-    if score not in SCORES:
-        raise MmnError(f"There is no score {score!r}: choose one of {', '.join(SCORES)}.")
+    word instead: the only way to ask an untrained model. Raises MmnError for no pictures."""
     images = [each.image if isinstance(each, Scene) else each for each in pictures]
     found = []
-    for number, (each, trace) in enumerate(zip(pictures, vlm.caption(images, batch_size=batch_size), strict=True)):
+    for number, (each, trace) in enumerate(zip(pictures, vlm.caption(images, batch_size=16), strict=True)):
         scene = each if isinstance(each, Scene) else None
         nouns = _shown(trace, scene)
         forced = scene is not None and force and not nouns
@@ -93,7 +90,7 @@ def cases(
             trace = say(vlm, scene.image, f"{PREFIX} {scene.caption}")
             nouns = _shown(trace, scene)
         if nouns:
-            scores = torch.cat(SCORES[score](vlm, trace, nouns), -1)
+            scores = torch.cat(direct(vlm, trace, nouns), -1)
             sizes = tuple(vlm.anatomy.neurons)
             found += [Case(number, trace, noun, row, sizes, scene, forced) for noun, row in zip(nouns, scores, strict=True)]
     return found
@@ -151,7 +148,6 @@ def reread(vlm: VLM, trace: Trace, images: Sequence[Image.Image] | None = None, 
     where the decoder begins, so that an intervention with as many rows costs the decoder alone. Raises MmnError where pictures differ
     in their number of tokens."""
     steps = len(trace.tokens)
-    seen: list[Tensor] = []
     if images is None:
         images = [trace.image] * rows  # type: ignore[list-item]
         inputs = vlm.replay(trace, steps - 1)
@@ -160,8 +156,14 @@ def reread(vlm: VLM, trace: Trace, images: Sequence[Image.Image] | None = None, 
         inputs = _batch([vlm.replay(replace(trace, image=image), steps - 1) for image in images])
         copies = nullcontext()
     keep = {"logits_to_keep": steps} if "logits_to_keep" in inspect.signature(vlm.model.forward).parameters else {}
+    # A layer that the pass leaves out, as Mllama does without a picture, has activations of 0, as in a Trace.
+    seen = [torch.zeros(len(images), steps, neurons) for neurons in vlm.anatomy.neurons] if record else []
+
+    def watch(layer: int, activations: Tensor) -> None:
+        seen[layer] = activations[:, activations.shape[1] - steps :].float().cpu()
+
     watched = vlm.anatomy.ffns if record else []
-    with copies, hooked(ffn.watch(lambda a: seen.append(a[:, a.shape[1] - steps :].float().cpu())) for ffn in watched):
+    with copies, hooked(ffn.watch(partial(watch, layer)) for layer, ffn in enumerate(watched)):
         logits = vlm.model(**inputs, use_cache=False, **keep).logits[:, -steps:].float()
     logp = logits.log_softmax(-1)
     tokens = trace.tokens.to(logp.device).expand(len(images), -1)
@@ -253,7 +255,9 @@ def flips(vlm: VLM, chosen: Sequence[tuple[Case, Sequence[Neuron]]]) -> pd.DataF
     for start in tqdm(range(0, len(chosen), 16), desc="captions", leave=False, delay=5):
         part = chosen[start : start + 16]
         with zero(vlm, [list(neurons) for _, neurons in part]):
-            traces = vlm.caption([case.trace.image for case, _ in part], batch_size=len(part), record=False)
+            given = [case.trace for case, _ in part]
+            asked = [trace.image for trace in given], [trace.prompt for trace in given], [trace.prefix for trace in given]
+            traces = vlm.caption(*asked, batch_size=len(part), record=False)
         for (case, neurons), trace in zip(part, traces, strict=True):
             before, after = ([noun.lemma for noun in each.nouns] for each in (case.trace, trace))
             others = [noun for noun in before if noun != case.lemma]
@@ -300,7 +304,7 @@ def transplant(
     step, token = donor.noun.step, donor.noun.token
     short = replace(donor.trace, tokens=donor.trace.tokens[: step + 1])  # up to the noun
     given, other = vlm.replay(short, step), vlm.replay(replace(short, image=image), step)
-    mask = torch.ones(given["input_ids"].shape[1], dtype=torch.bool)
+    mask = torch.ones_like(vlm.image_positions(given)[0].cpu())
     if where == "image":
         mask = vlm.image_positions(given)[0].cpu()
     elif where == "last":
@@ -447,7 +451,7 @@ def on_pictures(vlm: VLM, case: Case, images: Sequence[Image.Image]) -> list[Cas
 
 def _again(vlm: VLM, case: Case, reading: Reading, row: int) -> Case:
     trace = reading.trace(row)
-    return replace(case, trace=trace, scores=torch.cat(SCORES["direct"](vlm, trace, [case.noun]), -1)[0])
+    return replace(case, trace=trace, scores=torch.cat(direct(vlm, trace, [case.noun]), -1)[0])
 
 
 def variants(scene: Scene, concept: str, seed: int = 0) -> dict[str, Scene]:
@@ -782,7 +786,7 @@ def summary(frame: pd.DataFrame, groups: Sequence[str], value: str, draws: int =
     """`clustered` for each group of rows: a table with the groups as index and the columns value, low, high, pictures."""
     rows = {}
     for key, part in frame.groupby(list(groups), sort=False):
-        if part[value].notna().any():
+        if len(part := part.dropna(subset=[value])):
             rows[key] = (*clustered(part, value, draws=draws), part["picture"].nunique())
     index = pd.MultiIndex.from_tuples(rows, names=groups)
     return pd.DataFrame(rows.values(), index=index, columns=["value", "low", "high", "pictures"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 import mmn
 from mmn import properties, scenes
@@ -220,14 +221,16 @@ class _Near:
         self.encoder, self.reader = encoder, reader or encoder
         caption = case.trace.text[len(case.trace.prefix) :].replace(",", " ").split()
         self.caption = self.reader.words(caption)
+        self.content = self.reader.words([word for word in caption if word.lower() not in ENGLISH_STOP_WORDS] or caption)
         self.picture = encoder.picture(case.trace.image) if case.trace.image is not None else encoder.words(caption)
 
-    def __call__(self, lists: list[list[str]]) -> tuple[float, float]:
+    def __call__(self, lists: list[list[str]]) -> tuple[float, float, float]:
+        """Nearness to the caption, to the picture, and to the caption's words that are no stop words (of scikit-learn)."""
         words = [self.encoder.words(each) for each in lists]
         read = words if self.reader is self.encoder else [self.reader.words(each) for each in lists]
-        text = [properties.text_score(each, self.caption) for each in read]
+        text, content = ([properties.text_score(each, some) for each in read] for some in (self.caption, self.content))
         image = [properties.image_score(each, self.picture) for each in words]
-        return float(np.mean(text)), float(np.mean(image))
+        return float(np.mean(text)), float(np.mean(image)), float(np.mean(content))
 
 
 def semantic_row(vlm: VLM, case: Case, encoder: properties.Encoder, k: int = 10) -> Row:
@@ -240,7 +243,7 @@ def semantic_row(vlm: VLM, case: Case, encoder: properties.Encoder, k: int = 10)
     out: dict[str, list[list[float]]] = {"": [], "_random": []}
     for kind, neurons in (("", case.top(k)), *(("_random", draw) for draw in draws)):
         ranks = properties.word_ranks(vlm, neurons, case.noun.token)
-        out[kind].append([float(ranks.min()), float((ranks <= 10).mean()), *near(word_lists(vlm, case, neurons))])
+        out[kind].append([float(ranks.min()), float((ranks <= 10).mean()), *near(word_lists(vlm, case, neurons))[:2]])
     names = ("rank", "in10", "text", "image")
     return {f"{name}{kind}": float(np.mean([row[i] for row in rows])) for kind, rows in out.items() for i, name in enumerate(names)}
 
@@ -267,7 +270,7 @@ def word_rows(
     """What the neurons of `choices` write, one row a choice, means over its lists.
 
     Keys: picture, noun, neurons (the choice); rank, in10, text and image as in `semantic_row`; text_rest and image_rest, the scores of
-    the first ten words that are no noun of the caption."""
+    the first ten words that are no noun of the caption, and content_rest, theirs with the caption's words that are no stop words."""
     near = _Near(case, encoder, reader)
     rows: list[Row] = []
     for name, lists in choices(vlm, case, k).items():
@@ -275,9 +278,9 @@ def word_rows(
         for neurons in lists:
             ranks = properties.word_ranks(vlm, neurons, case.noun.token)
             plain, rest = (near(word_lists(vlm, case, neurons, rest=without)) for without in (False, True))
-            measured.append([float(ranks.min()), float((ranks <= 10).mean()), *plain, *rest])
+            measured.append([float(ranks.min()), float((ranks <= 10).mean()), *plain[:2], *rest])
         means = np.mean(measured, 0)
-        keys = ("rank", "in10", "text", "image", "text_rest", "image_rest")
+        keys = ("rank", "in10", "text", "image", "text_rest", "image_rest", "content_rest")
         rows.append(
             {"picture": case.picture, "noun": case.lemma, "neurons": name}
             | {key: float(value) for key, value in zip(keys, means, strict=True)}
@@ -375,7 +378,7 @@ def sensitivity(vlm: VLM, key: int) -> list[Row]:
     slack={f"k{k}": 2 / k for k in OVERLAPS},
 )
 def invariance(vlm: VLM, key: int) -> list[Row]:
-    """Which neurons are found again when something changes, for the scene's largest noun said."""
+    """Which neurons are found again when something changes, for the first noun that the caption says."""
     case = properties.cases(vlm, [scene_of(key)], force=True)[0]
     rows = invariance_rows(vlm, case)
     for kind, style in (("same concept", None), ("same concept, held-out art", scenes.HELD_OUT_STYLE)):

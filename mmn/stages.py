@@ -165,14 +165,12 @@ def properties_of(
     notes, rows = Notes("properties"), []
     known = captions.set_index("picture")
     wanted = [picture for picture in pictures if picture.id in known.index and str(known.at[picture.id, "said"] or "")]
-    for number, (picture, image) in enumerate(opened(wanted, notes)):
+    for picture, image in opened(wanted, notes):
         tokens = [int(each) for each in str(known.at[picture.id, "tokens"]).split()]
-
-        def work(_: list[int], image: Image.Image = image, tokens: list[int] = tokens, picture: Picture = picture) -> list[Any]:
-            return [list(_measures(vlm, picture, image, tokens, prompt, top_k, seed, notes))]
-
-        for _, found in sparing(work, [number], lambda _, why, picture=picture: notes.add(picture.id, why)):  # type: ignore[misc]
-            rows += [{"picture": picture.id, **row} for row in found]
+        try:
+            rows += [{"picture": picture.id, **row} for row in _measures(vlm, picture, image, tokens, prompt, top_k, seed, notes)]
+        except Exception as error:  # of this picture alone: a shard is hours of work
+            notes.add(picture.id, reason_of(error))
     return {"properties": table("properties", rows), "problems": table("problems", notes.rows)}
 
 
@@ -196,10 +194,10 @@ def _measures(
             yield row("sensitivity", "best rank of the word", name, top_k, ranks.min(1).mean())
             yield row("sensitivity", "share with the word in their ten", name, top_k, (ranks <= 10).mean())
         try:
-            yield from _of_the_picture(vlm, picture, case, cases, top, random, row, seed)
+            yield from _of_the_picture(vlm, picture, case, cases, top, random, row, seed, notes)
         except MmnError as error:  # such as a model that sees through cross-attention
             notes.once(error)
-        yield from _causal(vlm, case, row, unit, seed)
+        yield from _causal(vlm, case, row, unit, seed, notes)
 
 
 def _of_the_picture(
@@ -211,10 +209,16 @@ def _of_the_picture(
     random: list[list[mmn.Neuron]],
     row: Row,
     seed: int,
+    notes: Notes,
 ) -> Iterator[dict[str, Any]]:
     """What needs to know where in the stream the picture is."""
-    mask, k = picture.mask(case.lemma), len(top)
-    if mask is not None and mask.any():
+    assert case.trace.image is not None
+    mask, k, (width, height) = picture.mask(case.lemma), len(top), case.trace.image.size
+    if mask is not None and mask.shape != (height, width):
+        notes.add(
+            picture.id, "its mask is of another size than the picture, as where EXIF turns it: its heatmap is not judged", "note"
+        )
+    elif mask is not None and mask.any():
         heat = mmn.heatmap(vlm, case.trace, [*top, *(neuron for draw in random for neuron in draw)])
         maps = replace(heat, grid=heat.grid.unflatten(0, (DRAWS + 1, k)).mean(1)).on_image(per_neuron=True)
         ious = [properties.agreement(each, mask).iou for each in maps]
@@ -229,11 +233,15 @@ def _of_the_picture(
                 yield row("sensitivity", "overlap after a shuffle of the image tokens", name, some, shared)
 
 
-def _causal(vlm: VLM, case: Case, row: Row, unit: float, seed: int) -> Iterator[dict[str, Any]]:
+def _causal(vlm: VLM, case: Case, row: Row, unit: float, seed: int, notes: Notes) -> Iterator[dict[str, Any]]:
     base = properties.reread(vlm, case.trace)
     for k in (each for each in KS if each <= vlm.anatomy.total):
         top = case.top(k)
-        lists = {"found": [top], "random": mmn.same_layer_random(vlm, top, draws=DRAWS, seed=seed + k)}
+        try:
+            lists = {"found": [top], "random": mmn.same_layer_random(vlm, top, draws=DRAWS, seed=seed + k)}
+        except MmnError:
+            notes.once(f"{k} neurons are too many here for as many random ones of the same layers, so they are not silenced.")
+            continue
         means = properties.effects(vlm, case, lists, base=base, rows_at_once=4).groupby("neurons")[["drop", "flip", "rest"]].mean()
         for name, values in means.iterrows():
             for measure, column in (
@@ -370,7 +378,7 @@ def specificity(ranked: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     sets = {
         key: set(zip(part["layer"], part["unit"], strict=True)) for key, part in ranked.groupby(["picture", "noun"], sort=False)
     }
-    keys = list(sets)
+    keys = sorted(sets)  # so that partners do not hang on how the pictures were cut into shards
     rows = []
     for picture, noun in keys:
         alike = [key for key in keys if key[1] == noun and key[0] != picture]

@@ -25,9 +25,9 @@ class Trace:
     """The record of one picture's caption.
 
     tokens: generated ids, int64 `[steps]`, without the end mark; ended: whether the model set
-    one. logprobs: natural log of each token's probability `[steps]`. record: for each step, in the model's dtype, what the FFNs'
-    output projections received at the position that *produced* its token, one layer of `sizes` neurons after another
-    `[neurons]`. stream: float32 `[steps, hidden]`, what the final norm received there. Both are None if recording was off.
+    one. logprobs: natural log of each token's probability `[steps]`. record: for each step, in the model's dtype until `activations` is
+    asked for, what the FFNs' output projections received at the position that *produced* its token, one layer of `sizes` neurons after
+    another `[neurons]`. stream: float32 `[steps, hidden]`, what the final norm received there. Both are None if recording was off.
     image, prompt and prefix: what was asked."""
 
     tokens: Tensor

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -359,15 +358,11 @@ class Watch:
         words = (logits - logits.mean(dim=-1, keepdim=True)).abs().amax(dim=-1).square().mean()
         size = stream.norm(dim=-1, keepdim=True)
         shares = [
-            acts[at].float().abs() * layer.mlp.down_proj.weight.norm(dim=0) / size
+            acts[at].float() * layer.mlp.down_proj.weight.norm(dim=0) / size
             for acts, layer in zip(self.activations, self.decoder.layers, strict=True)
         ]
-        activity = torch.cat([0.01 * torch.log1p(share / 0.01) for share in shares], dim=-1).sum(dim=-1).mean()
-        negative = [
-            acts[at].float().clamp(max=0).abs() * layer.mlp.down_proj.weight.norm(dim=0) / size
-            for acts, layer in list(zip(self.activations, self.decoder.layers, strict=True))[-LATE:]
-        ]
-        return words, activity, torch.cat(negative, dim=-1).sum(dim=-1).mean()
+        activity = torch.cat([0.01 * torch.log1p(share.abs() / 0.01) for share in shares], dim=-1).sum(dim=-1).mean()
+        return words, activity, torch.cat(shares[-LATE:], dim=-1).clamp(max=0).abs().sum(dim=-1).mean()
 
 
 class Step(NamedTuple):
@@ -485,8 +480,9 @@ class Trainer:
         return self.llava.multi_modal_projector(states).flatten(0, 1)
 
     def text_loss(self, rows: Sequence[Row], images: Sequence[Image.Image], price: float = 0.0) -> Tensor:
-        """Weighted sum over kinds of the mean cross-entropy of what positions say, and `price` times the penalties of `Watch`; the first
-        rows read pictures where others read rasters."""
+        """Weighted sum over kinds of the mean cross-entropy of what positions say, and the penalties of `Watch` where there is a `price`:
+        those on words and activity times the price, that on negative neurons in full. The first rows read pictures where others read
+        rasters."""
         ids, targets, kinds = pad(rows, self.device)
         embeds = self.llava.language_model.embed_tokens(ids)
         if images:
@@ -650,17 +646,12 @@ def train(
 
 
 def export(trainer: Trainer, out: Path) -> None:
-    """Write the checkpoint beside `out`, then put it in place; the one that was there is deleted last."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    """Write the checkpoint beside `out`, then put it in place; the README of the one that was there stays."""
     with whole(out) as part:
         trainer.model.to(torch.float16).save_pretrained(part)
         make_processor(trainer.tokenizer).save_pretrained(part)
-        if out.exists():
-            for kept in ("README.md",):
-                if (out / kept).exists():
-                    shutil.copy2(out / kept, part / kept)
-            os.replace(out, old)
-    shutil.rmtree(old, ignore_errors=True)
+        if (out / "README.md").exists():
+            shutil.copy2(out / "README.md", part)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

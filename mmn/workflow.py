@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--batch", type=int, default=16, help="pictures captioned at once (default: %(default)s)")
     run.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     run.add_argument("--jobs", type=int, help="pieces at once (default: 1; with a profile, what it says)")
-    run.add_argument("--cpus", type=int, help="cores for a piece (default: this machine's, shared by the pieces at once)")
+    run.add_argument(
+        "--cpus", type=int, help="cores for a piece (default: this machine's, shared by the pieces at once; with a profile 4)"
+    )
     run.add_argument("--gpus", type=int, default=0, help="GPUs that a piece needs (default: %(default)s)")
     run.add_argument("--mem-mb", type=int, default=16000, help="memory that a piece needs, for a scheduler (default: %(default)s)")
     run.add_argument("--minutes", type=int, default=240, help="time that a piece may take, for a scheduler (default: %(default)s)")
@@ -115,7 +118,7 @@ def machine_of(args: argparse.Namespace) -> dict[str, Any]:
         raise MmnError(f"There is no profile {args.profile}: give a folder with a config.yaml, or slurm.")
     machine = {key: getattr(args, key) for key in MACHINE}
     machine["jobs"] = args.jobs or 1
-    machine["cpus"] = args.cpus or max(1, (os.cpu_count() or 1) // machine["jobs"])
+    machine["cpus"] = args.cpus or (4 if args.profile else max(1, (os.cpu_count() or 1) // machine["jobs"]))
     return machine
 
 
@@ -183,7 +186,7 @@ def _run(args: argparse.Namespace) -> int:
 def _forget(out: Path) -> None:
     """Take away what a piece without enough memory left, so that it is tried again."""
     for path in out.glob("parts/*/*-problems*.csv"):
-        if "out of memory" in path.read_text(encoding="utf-8"):
+        if pieces.read(path)["problem"].str.endswith("out of memory").any():
             path.unlink()
 
 
@@ -254,13 +257,16 @@ def forecast(out: Path, settings: dict[str, Any], machine: dict[str, Any]) -> st
             except MmnError as error:
                 lines.append(f"{model}: no guess, as it cannot be tried here ({error})")
                 continue
-        left = 0.0
+        left, begin = 0.0, each.pop("begin", None) or 0.0
         for stage, suffix in pieces.pieces_of(settings):
             folder = out / "parts" / model
-            if stage in each and not all((folder / name.format(suffix)).exists() for name in pieces.FILES[stage]):
-                left += len(pieces.pictures_of(out, settings, int(suffix[1:]))) * (each[stage] or 0.0)
+            if not all((folder / name.format(suffix)).exists() for name in pieces.FILES[stage]):
+                left += begin
+                if stage in each:
+                    left += len(pieces.pictures_of(out, settings, int(suffix[1:]))) * (each[stage] or 0.0)
         lines.append(
-            f"{model}: {sum(v or 0 for v in each.values()):.2f} s a picture ({source}), about {left / 60:.1f} minutes left"
+            f"{model}: {sum(v or 0 for v in each.values()):.2f} s a picture"
+            f"{f', {begin:.1f} s to begin a piece' if begin else ''} ({source}), about {left / 60:.1f} minutes left"
         )
         total += left
     lines.append(f"together about {total / 60 / machine['jobs']:.1f} minutes with {machine['jobs']} at once; the edits come on top")
@@ -268,13 +274,20 @@ def forecast(out: Path, settings: dict[str, Any], machine: dict[str, Any]) -> st
 
 
 def _probe(out: Path, settings: dict[str, Any], model: str, machine: dict[str, Any]) -> dict[str, float | None]:
+    """Seconds a picture of each stage, and `begin`, those until a piece's process has read this package's libraries and the model."""
     from mmn import stages
 
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import mmn.stages"], check=True)
     vlm = pieces.load(settings, model, machine["device_map"])
-    pictures = pieces.pictures_of(out, settings)[:2]
+    begin = time.perf_counter() - begun
+    opened = stages.opened(pieces.pictures_of(out, settings), stages.Notes("rankings"))
+    pictures = [picture for picture, _ in itertools.islice(opened, 2)]
+    if not pictures:
+        raise MmnError("none of its pictures can be opened")
     started = time.perf_counter()
     ranked = stages.rankings(vlm, pictures, top_k=settings["top_k"], prompt=settings["prompt"])
     between = time.perf_counter()
     stages.properties_of(vlm, pictures, ranked["captions"], top_k=settings["top_k"], prompt=settings["prompt"])
     ended = time.perf_counter()
-    return {"rankings": (between - started) / len(pictures), "properties": (ended - between) / len(pictures)}
+    return {"rankings": (between - started) / len(pictures), "properties": (ended - between) / len(pictures), "begin": begin}

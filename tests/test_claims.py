@@ -98,7 +98,8 @@ def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
     chapter(tmp_path, "05_b.ipynb", rows[1:])
     text = claims.page(tmp_path)
     assert text.startswith(
-        "Claims read out of the paper's abstract, 1: 1 *holds*. This project's own and other authors', 1: 1 *misses the bar*."
+        "Our measures of what the paper's abstract names, 1: 1 *holds*. "
+        "Of this project's own and other authors' claims, 1: 1 *misses the bar*."
     )
     assert text.index("notebooks/04_a") < text.index("a / b") < text.index("notebooks/05_b") < text.index("| c |")
     assert "| a / b | abstract | m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds** |" in text

@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child is born deaf to it
     )
     waited = time.monotonic()
-    while not any(tmp_path.glob("deep/.out-*")) and time.monotonic() - waited < 60:
+    while not any(tmp_path.glob("deep/.out.*.part")) and time.monotonic() - waited < 60:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130

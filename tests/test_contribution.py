@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import real
 import tiny
 import torch
 from hypothesis import given, settings
@@ -219,6 +220,20 @@ def test_scores_of_log_p_know_what_becomes_of_the_products() -> None:
         with pytest.raises(mmn.MmnError, match="bends its logits"):
             mmn.contributions(capped, trace, noun, score)
     assert mmn.contributions(capped, trace, noun, "norm_aware")[-1].any(), "up to a factor a noun's own logit is what it was"
+
+
+def test_a_layer_that_a_pass_leaves_out_has_scores_of_0_and_no_others() -> None:
+    """Mllama asked in words alone: the layer that would read the picture does not run, and its followers keep their scores."""
+    vlm = real.vlm("mllama")
+    trace = vlm.caption(None, "hello", "", 4)
+    noun = Noun("", "", int(trace.tokens[1]), 1, (0, 0))
+    (left_out,) = [layer for layer, each in enumerate(trace.activations) if not each.any()]
+    scores = mmn.contributions(vlm, trace, noun, "gradient")
+    assert [len(each) for each in scores] == vlm.anatomy.neurons
+    assert [bool(each.any()) for each in scores] == [layer != left_out for layer in range(len(scores))]
+    again = properties.reread(vlm, trace, record=True).trace(0)
+    for one, other in zip(trace.activations, again.activations, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_pass_layers_without_neurons() -> None:

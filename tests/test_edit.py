@@ -207,6 +207,14 @@ def test_sum_of_edits() -> None:
         torch.testing.assert_close(logits(vlm), nested, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sum_keeps_what_names_a_neuron_twice() -> None:
+    vlm, changes = tiny.vlm(), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    twice = Edit([Neuron(0, 3)] * 2, changes, vlm.hash, "a", "b")
+    both = twice + Edit([Neuron(1, 1)], torch.ones(1, 16), vlm.hash, "a", "b")
+    assert both.neurons == [Neuron(0, 3), Neuron(1, 1)]
+    torch.testing.assert_close(both.changes, torch.stack([changes.sum(0), torch.ones(16)]))
+
+
 def test_hook_does_what_the_weights_do() -> None:
     vlm = tiny.vlm()
     before, edit = bits(vlm), some(vlm, 3, 20)
@@ -578,6 +586,23 @@ def test_closed_form_moves_the_logits_as_said(talking: mmn.VLM) -> None:
         assert talking.caption(images[0]).nouns[0].lemma == "dog"
 
 
+def test_closed_form_counts_the_bias_of_the_unembedding(talking: mmn.VLM) -> None:
+    """What a bias adds to a word has to be made up for as well: the norm frozen, the margin is again what was asked for."""
+    head, images = talking.anatomy.unembedding, tiny.pictures(3)
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)), requires_grad=False)
+    cat, dog = talking.caption(images[0]).noun("cat").token, talking.caption(images[2]).noun("dog").token
+    head.bias[cat] += 1.5
+    trace = talking.caption(images[0])
+    last = [neuron for neuron in located(talking, [trace], "cat", 72) if neuron.layer == 2][:20]
+    edit = Edit.closed_form(talking, images[:1], "cat", "dog", last, margin=2.0, ridge=1e-9)
+    step, norm = trace.noun("cat").step, talking.model.model.language_model.norm
+    assert trace.stream is not None
+    scale = norm.weight / (trace.stream[step].square().mean() + norm.variance_epsilon).sqrt()
+    after = trace.stream[step] + trace.activations[2][step, [unit for _, unit in last]] @ edit.changes
+    logit = head.weight @ (after * scale) + head.bias
+    assert float(logit[dog] - logit[cat]) == pytest.approx(2.0, abs=0.02)
+
+
 def test_located_is_the_mean_of_the_contributions(talking: mmn.VLM) -> None:
     traces = talking.caption(tiny.pictures(3))
     means = [sum(each) / 2 for each in zip(*(mmn.contributions(talking, t, "cat") for t in traces[:2]), strict=True)]
@@ -585,6 +610,8 @@ def test_located_is_the_mean_of_the_contributions(talking: mmn.VLM) -> None:
     assert located(talking, traces, "cat", 5) == [Neuron(layer, unit) for _, layer, unit in order[:5]]
     with pytest.raises(mmn.MmnError, match="None of these 1 captions"):
         located(talking, traces[2:], "cat")
+    with pytest.raises(mmn.MmnError, match="k is a whole number of at least 1"):
+        located(talking, traces, "cat", -1)
 
 
 def test_a_change_that_rounding_would_eat_is_hooked_or_told() -> None:
@@ -612,6 +639,7 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         (lambda: Edit.fit(talking, images, "cat", "dog", []), "no neurons to edit"),
         (lambda: Edit.fit(talking, images, "cat", "dog", [Neuron(5, 0)]), "no neuron L5.0"),
         (lambda: Edit.fit(talking, [], "cat", "dog", one), "no pictures"),
+        (lambda: Edit.fit(talking, images, "cat", "dog", one, texts="Who?"), "texts is a list of texts"),
         (lambda: Edit.closed_form(talking, images[2], "cat", "dog", one), "No caption of these 1 pictures says 'cat'"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, protect=0.1), "protect is a number above 0"),
         (lambda: Edit.fit(talking, images, "cat", "dog", one, steps=-1), "steps is a whole number"),
@@ -638,5 +666,7 @@ def test_fit_refuses(talking: mmn.VLM) -> None:
         with pytest.raises(mmn.MmnError, match=sentence):
             call()
     edit = Edit(one, torch.zeros(1, 32), talking.hash, "a", "b")
-    with edit.applied(talking), pytest.raises(mmn.MmnError, match="fitted on the unedited model"):
-        Edit.fit(talking, images, "cat", "dog", one)
+    for how in ("weights", "hook"):
+        with edit.applied(talking, how), pytest.raises(mmn.MmnError, match="fitted on the unedited model"):
+            Edit.fit(talking, images, "cat", "dog", one)
+    assert Edit.fit(talking, images, "cat", "dog", one, steps=1, progress=False), "with both taken off"

@@ -40,12 +40,6 @@ def test_a_caption_that_names_one_thing_twice_repeats_it():
     assert not evaluate.repeats(f"a {one} and a {other}", scene) and not evaluate.repeats(f"a {other}, a zzz and a {one}", scene)
 
 
-def test_the_interval_of_a_mean_over_nouns_resamples_scenes():
-    values = np.array([1.0, 1.0, 1.0, 0.0])
-    interval = evaluate.clustered([7, 7, 7, 8], values)
-    assert interval.value == 0.75 and interval.low == 0 and interval.high == 1
-
-
 def test_the_card_is_written_between_its_marks_or_not_at_all(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import real
@@ -12,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmn
-from mmn import Neuron, properties
+from mmn import Neuron, families, properties
+from mmn.anatomy import find
+from mmn.hooks import hooked
 from mmn.nouns import Noun
 
 NEURONS = st.lists(st.builds(Neuron, st.integers(0, 2), st.integers(0, 23)), min_size=1, max_size=12, unique=True)
@@ -173,6 +178,31 @@ def test_shuffling_moves_the_pictures_tokens() -> None:
         torch.testing.assert_close(mmn.heatmap(vlm, trace, [Neuron(1, 2)]).grid, plain(vlm, trace, Neuron(1, 2)))
     with mmn.shuffle_image_tokens(vlm):
         assert vlm.answer("Describe"), "a text without a picture is read as it is"
+
+
+def test_shuffling_moves_what_later_layers_add_too() -> None:
+    """Qwen3-VL adds features of the picture to its positions behind the first layers: they move with the rest."""
+    deep = {"vision_config": {"deepstack_visual_indexes": [0, 1]}, "text_config": {"rope_parameters": families.MROPE}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.EXTRA, "qwen3_vl", deep)
+        model = families.build("qwen3_vl")
+    anatomy, inputs = find(model), families.with_picture(model)
+    where = anatomy.image_positions(inputs["input_ids"])[0]
+    order = torch.randperm(int(where.sum()), generator=torch.Generator().manual_seed(0))
+    seen: list[list[Tensor]] = []
+
+    def keep(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append([kwargs["inputs_embeds"][0, where], *kwargs["deepstack_visual_embeds"]])
+
+    vlm = SimpleNamespace(model=model, anatomy=anatomy)
+    with torch.no_grad():
+        for block in (nullcontext(), mmn.shuffle_image_tokens(vlm, order)):  # type: ignore[arg-type]
+            with block, hooked([anatomy.decoder.register_forward_pre_hook(keep, with_kwargs=True)]):
+                model(**inputs, use_cache=False)
+    plain, moved = seen
+    assert len(plain) == 3
+    for before, after in zip(plain, moved, strict=True):
+        assert torch.equal(after, before[order])
 
 
 def plain(vlm: mmn.VLM, trace: mmn.Trace, neuron: Neuron) -> Tensor:

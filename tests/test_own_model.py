@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import mmn
+from mmn import oracle, properties
 from mmn.anatomy import find
 from mmn.edit import Edit
 
@@ -99,6 +100,26 @@ def test_shuffling_moves_the_five_vectors(page: dict[str, Any]) -> None:
     handle.remove()
     where = vlm.image_positions(inputs)[0]
     assert torch.equal(seen[1][where], seen[0][where][shuffle.permutation]) and not torch.equal(seen[0], seen[1])
+
+
+def test_what_is_measured_at_a_position_counts_all_five_vectors(page: dict[str, Any]) -> None:
+    vlm, images = page["vlm"], tiny.pictures(2)
+    trace = vlm.caption(images[0], max_new_tokens=4)
+    noun = mmn.Noun("", "", int(trace.tokens[2]), 2, (0, 0))
+    with torch.no_grad():
+        log_p = oracle.Moment(vlm, trace, noun).logits(1).log_softmax(-1)
+    assert float(log_p[0, noun.token]) == pytest.approx(float(trace.logprobs[2]), abs=1e-4)
+    case = properties.cases(vlm, images)[0]
+    for where in ("image", "all", "last"):
+        moved = properties.transplant(vlm, case, case.trace.image, {"found": case.top(3)}, where)
+        assert moved["gain"].abs().max() < 1e-4, "the own activations change nothing"
+
+
+def test_an_edit_is_protected_by_what_is_active_at_every_position(page: dict[str, Any]) -> None:
+    vlm, images = page["vlm"], tiny.pictures(2)
+    source = properties.cases(vlm, images)[0].lemma
+    edit = Edit.fit(vlm, images, source, "zz", [mmn.Neuron(1, 1)], keep=images, steps=1, protect=0.1, progress=False)
+    assert edit.changes.abs().sum() > 0
 
 
 def test_edits_in_the_weights_and_by_hook(page: dict[str, Any]) -> None:

@@ -63,8 +63,6 @@ def test_a_scenes_noun_counts_only_if_the_scene_shows_it(speaker):
     true, false = (properties.say(speaker, scene.image, f"{mmn.PREFIX} a {name}") for name in (scene.names[0], other))
     assert [n.lemma for n in properties._shown(true, scene)] == [scene.names[0]]
     assert properties._shown(false, scene) == [] and [n.lemma for n in properties._shown(false, None)] == [other]
-    with pytest.raises(MmnError, match="no score"):
-        properties.cases(speaker, [scene], score="luck")
 
 
 def test_reading_again_gives_what_the_caption_left(vlm, case):
@@ -213,6 +211,12 @@ def test_flips_say_what_a_new_caption_says(vlm, case):
     assert table["kept"][0] == len(set(before) & set(after) - {case.lemma})
     assert table["kept"][1] == table["others"][1] == len(before) - 1
     assert bool(table["same"][1]) and table["instead"][1] == ""
+
+
+def test_flips_ask_what_the_case_was_asked(vlm, case):
+    trace = vlm.caption(case.trace.image, "Who is it?", "The", max_new_tokens=50)
+    assert trace.text != vlm.caption(case.trace.image).text
+    assert bool(properties.flips(vlm, [(replace(case, trace=trace), [])])["same"][0])
 
 
 # ----------------------------------------------------------------------------------------------------------------- sensitivity
@@ -413,7 +417,7 @@ def test_intervals_resample_pictures():
     mean = properties.clustered(frame, "drop")
     assert mean.value == pytest.approx(1.5) and (mean.low, mean.high) == (1, 3)  # two pictures: three, one or none of each
     table = properties.summary(frame, ["neurons"], "drop")
-    assert table["value"].tolist() == [1.5] and table["pictures"].tolist() == [3]
+    assert table["value"].tolist() == [1.5] and table["pictures"].tolist() == [2]  # one has no value
     ratio = properties.clustered(pd.DataFrame({"picture": [0, 1], "kept": [1, 3], "others": [2, 3]}), "kept", "others")
     assert ratio.value == pytest.approx(4 / 5)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 import mmn
-from mmn import pieces, scenes, sources, stages, workflow
+from mmn import nouns, pieces, scenes, sources, stages, workflow
 from mmn.errors import MmnError
 from mmn.paths import put
 
@@ -156,6 +157,70 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, words, message):
         workflow.settings_of(parsed("--out", str(tmp_path), *words))
 
 
+def test_a_job_asks_for_its_own_cores_and_not_for_all_of_the_machine_that_submits():
+    assert workflow.machine_of(parsed("--out", "run", "--profile", "slurm"))["cpus"] == 4
+    assert workflow.machine_of(parsed("--out", "run", "--profile", "slurm", "--cpus", "9"))["cpus"] == 9
+
+
+def test_the_commit_is_never_another_projects(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=b", "-C", tmp_path]
+    subprocess.run(["git", *who, "commit", "-q", "--allow-empty", "-m", "a thesis"], check=True)
+    monkeypatch.setattr(pieces, "__file__", str(tmp_path / "lib" / "mmn" / "pieces.py"))
+    (tmp_path / "lib" / "mmn").mkdir(parents=True)
+    assert pieces.commit() is None
+    monkeypatch.setattr(pieces, "__file__", str(tmp_path / "mmn" / "pieces.py"))
+    (tmp_path / "mmn").mkdir()
+    assert len(pieces.commit()) >= 40
+
+
+def test_only_what_lacked_memory_is_tried_again(tmp_path):
+    folder = tmp_path / "parts" / "m"
+    for name, problem in (("a", "out of memory"), ("b", "out of memory.png is damaged")):
+        row = {"picture": "out of memory.png", "stage": "rankings", "kind": "missing", "problem": problem}
+        put(folder / f"rankings-problems-{name}.csv", pieces.csv(stages.table("problems", [row])))
+    workflow._forget(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["rankings-problems-b.csv"]
+
+
+def test_weights_that_change_on_the_way_are_noticed(tmp_path):
+    model, out = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(mmn.data_path("tiny-llava"), model)
+    options = ("--out", str(out), "--models", str(model), "--count", "1", "--shards", "1", "--edits", "0")
+    workflow.kept(out, workflow.settings_of(parsed(*options)))
+    put(out / "machine.json", json.dumps(workflow.machine_of(parsed(*options))))
+    (name,) = pieces.read_settings(out)["models"]
+    pieces.step(out, "rankings", name, 0)
+    weights = load_file(model / "model.safetensors")
+    for value in weights.values():
+        value *= 2
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MmnError, match="The weights of .* are not those that wrote its captions"):
+        pieces.step(out, "properties", name, 0)
+    assert not list(out.glob("parts/*/properties*"))
+
+
+def test_drawn_scenes_have_words_of_their_own_for_any_model(tmp_path):
+    settings = {"models": {"m": {"name": "tiny-llava"}}, "images": "scenes"}
+    assert pieces.load(settings, "m").lexicon is nouns.scene_nouns
+    assert pieces.load(settings | {"images": "pictures"}, "m").lexicon is nouns.lexicon(True), "the shipped model knows no others"
+
+
+def test_a_guess_is_made_from_pictures_that_open(tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    folder.mkdir()
+    for name in ("0.png", "1.png"):
+        (folder / name).write_bytes(b"broken")
+    options = ("--out", str(out), "--images", str(folder), "--count", "9", "--shards", "1", "--edits", "0")
+    settings, machine = workflow.settings_of(parsed(*options)), workflow.machine_of(parsed(*options))
+    workflow.kept(out, settings)
+    assert "no guess" in (said := workflow.forecast(out, settings, machine)) and "none of its pictures can be opened" in said
+    scenes.draw(1).image.save(folder / "2.png")
+    shutil.rmtree(out)
+    workflow.kept(out, settings)
+    assert "s to begin a piece (from two pictures)" in workflow.forecast(out, settings, machine)
+
+
 def test_with_a_profile_the_device_is_another_machines(tmp_path):
     assert workflow.settings_of(parsed("--out", str(tmp_path), "--device-map", "warp", "--profile", "slurm"))
 
@@ -272,7 +337,7 @@ def test_on_slurm_each_piece_is_a_job_with_what_it_needs(tmp_path):
 
 def test_a_noun_may_be_called_nan(tmp_path):
     (tmp_path / "t.csv").write_text("picture,noun,value\n1,nan,\n2,null,0.5\n3,dog,nan\n")
-    table = pieces._read(tmp_path / "t.csv")
+    table = pieces.read(tmp_path / "t.csv")
     assert list(table["noun"]) == ["nan", "null", "dog"] and list(table["picture"]) == ["1", "2", "3"]
     assert table["value"].isna().tolist() == [True, False, True]
 
@@ -281,7 +346,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     for odd in ("a\rb", 'c\nd"e', "|", " lead ", "nul\0", "é\u2028"):
         table = pd.DataFrame({"picture": [odd, "x"], "noun": [odd, ""], "value": [0.5, None]})
         put(tmp_path / "t.csv", pieces.csv(table))
-        pd.testing.assert_frame_equal(pieces._read(tmp_path / "t.csv"), table)
+        pd.testing.assert_frame_equal(pieces.read(tmp_path / "t.csv"), table)
 
 
 @pytest.mark.slow
