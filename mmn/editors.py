@@ -24,8 +24,9 @@ from mmn.edit import Edit, located
 from mmn.errors import MmnError
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
-from mmn.intervene import copied, same_layer_random, zero
-from mmn.lesson import Batch, Counts, Moments, Row, captions, lesson, loss_of, plural_of, replaced, says
+from mmn.intervene import same_layer_random
+from mmn.lesson import Counts, Moments, Row, batched, captions, lesson, loss_of, plural_of, replaced, says
+from mmn.oracle import oracle_everywhere
 from mmn.scenes import CONCEPTS, HELD_OUT_PARAPHRASES, HELD_OUT_STYLE, PARAPHRASES, Scene
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, PROMPT, VLM
@@ -248,7 +249,7 @@ def logit_bias(vlm: VLM, job: Task, margin: float = 1.0) -> Way:
     swaps: set[tuple[int, int]] = set()
     needed = 0.0
     with torch.no_grad():
-        for batch in _batches(vlm, sorted(rows, key=lambda row: len(row.answer))):
+        for batch in batched(vlm, rows, 32):
             for row, logits in zip(batch.rows, batch.logits(vlm), strict=True):
                 (step, new), place = row.swaps[0], row.new[0]  # where the noun is said first
                 old = int(row.trace.tokens[step])
@@ -311,21 +312,12 @@ def by_gradient(vlm: VLM, traces: Sequence[Trace], source: str, k: int) -> list[
     return located(vlm, [trace for trace in traces if says(trace, source)][:8], source, k, "gradient")
 
 
-@torch.no_grad()
 def by_oracle(vlm: VLM, traces: Sequence[Trace], source: str, k: int, candidates: int = 256, most: int = 2) -> list[Neuron]:
     """The rows whose silencing, one at a time, costs the source most: true effects, of the `candidates` of the highest gradient score,
     on the first `most` captions."""
     some = [trace for trace in traces if says(trace, source)][:most]
     chosen = by_gradient(vlm, some, source, candidates)
-    drops = torch.zeros(len(chosen))
-    for trace in some:
-        noun = trace.noun(source)
-        inputs = vlm.replay(trace, noun.step)
-        for start in range(0, len(chosen), 32):
-            part = chosen[start : start + 32]
-            with copied(vlm, len(part)), zero(vlm, [[neuron] for neuron in part]):
-                logits = vlm.model(**inputs, use_cache=False).logits[:, -1].float()
-            drops[start : start + len(part)] -= logits.log_softmax(-1)[:, noun.token].cpu()
+    drops = torch.stack([oracle_everywhere(vlm, trace, source, chosen) for trace in some]).sum(0)
     return [chosen[place] for place in drops.topk(min(k, len(chosen))).indices.tolist()]
 
 
@@ -427,7 +419,8 @@ MEASURES = {
     "held_out": "the same in the style that the model itself never saw",
     "rephrased": "the same on the scenes of new_style, asked in other words than any fit",
     "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
-    "rest_content": "share of them that name the same other objects, as many, and the same place, however they are joined",
+    "rest_content": "share of them that name the objects wanted, the target among them, each with its article and as often, "
+    "and the same place, however they are joined",
     "rest_unedited": "control of `rest`: share of them that the unedited model goes on with as before once the target is in its mouth",
     "image_top1": "pictures without the source: share of steps whose likeliest token stays, the unedited caption being read",
     "image_top10": "the same, with the ten likeliest tokens in order",
@@ -479,9 +472,7 @@ class Judge:
         self.before = {name: self._say(*asked) for name, asked in self.asked.items()}
         rows = {name: [self._row(name, trace) for trace in some] for name, some in self.before.items()}
         self.rows = {name: [row for row in some if row is not None] for name, some in rows.items()}
-        ordered = sorted(sum(self.rows.values(), []), key=lambda row: (row.trace.image is None, len(row.answer)))
-        pictured = sum(row.trace.image is not None for row in ordered)
-        self.batches = _batches(vlm, ordered[:pictured]) + _batches(vlm, ordered[pictured:])
+        self.batches = batched(vlm, sum(self.rows.values(), []), 32)
         self.tops = self._tops()
 
     def _say(self, images: list[Any], prompts: Any) -> list[Trace]:
@@ -566,10 +557,6 @@ def _swapped(scene: Scene, job: Task) -> Any:
     names = [n for n in scenes.sprites(scene.style) if n not in (job.source, job.target, *scene.names) and n not in scenes.PLANTED]
     other = str(np.random.default_rng([12, scene.seed]).choice(names))
     return scenes.recompose(scene, [replace(p, concept=other) if p.concept == job.source else p for p in scene.objects]).image
-
-
-def _batches(vlm: VLM, rows: list[Row]) -> list[Batch]:
-    return [Batch(vlm, rows[start : start + 32]) for start in range(0, len(rows), 32)]
 
 
 def _share(each: Any) -> float:
