@@ -129,7 +129,7 @@ def chapters() -> dict[str, Path]:
 
 def chapter(name: str) -> Path:
     """A notebook by its name (`04_sensitivity`), its number (`04` or `4`), or its path. Raises MmnError for any other."""
-    if name.endswith(".ipynb") and Path(name).is_file():
+    if name.endswith(".ipynb") and os.path.isfile(name):
         return Path(name)
     found = chapters()
     alike = [path for stem, path in found.items() if name == stem or name.zfill(2) == stem.partition("_")[0]]
@@ -176,7 +176,7 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in given.items():
         if name not in known:
-            raise MmnError(f"{path.stem} has no parameter {name!r}: it has {', '.join(known)}.")
+            raise MmnError(f"{path.stem} has no parameter {name!r}: it has {', '.join(known) or 'no cell tagged `parameters`'}.")
         kind = known[name]["type"]
         if kind not in KINDS:
             raise MmnError(f"{name} is a value of type {kind}, which cannot be given here: only {', '.join(KINDS)} can.")
@@ -187,6 +187,8 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
     for name in ("image", *MODELS):
         if str(values.get(name, "")).startswith("~"):
             values[name] = str(Path(values[name]).expanduser())
+    if values.get("images") == "":  # a variable of the shell that is not set must not become drawn scenes
+        raise MmnError("images must not be empty: name a source of pictures, or scenes for drawn ones.")
     if values.get("images") == "scenes":
         values["images"] = ""  # a chapter draws its own
     kinds = dict.fromkeys(RANGES, "int") | dict.fromkeys(TEXTS, "str")  # a notebook of one's own may mean something else by a name
@@ -196,7 +198,7 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
 
         values["images"] = sources.absolute(values["images"])
     for name in ("image", *MODELS):
-        if values.get(name) and Path(values[name]).exists():
+        if values.get(name) and os.path.exists(values[name]):
             values[name] = str(Path(values[name]).resolve())
     return values
 
@@ -224,7 +226,7 @@ def check(**values: Any) -> dict[str, Any]:
     if values.get("images"):
         from mmn import sources
 
-        if Path(values["images"]).is_file():
+        if os.path.isfile(values["images"]):
             raise MmnError(f"{values['images']} is a file: images names a folder or another source of pictures.")
         if values["images"] == "scenes":
             raise MmnError('Scenes are drawn where images is "": leave it empty.')
@@ -241,7 +243,10 @@ def check(**values: Any) -> dict[str, Any]:
 
 def _place(folder: Path) -> None:
     """Raises MmnError where no folder can be made, or nothing can be written to it."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise MmnError(f"{folder} cannot be a folder ({error.strerror}): give another one for out.") from None
     if not there.is_dir():
         raise MmnError(f"{there} is a file: give a folder for out.")
     if not os.access(there, os.W_OK):
@@ -255,7 +260,7 @@ def _checkpoint(name: str, value: str) -> None:
     try:
         vlm.resolve(value)
     except MmnError:
-        if name == "model" or Path(value).exists() or value.startswith((".", "/", "~")):
+        if name == "model" or os.path.exists(value) or value.startswith((".", "/", "~")):
             raise
         from huggingface_hub import model_info, try_to_load_from_cache
 
@@ -393,9 +398,10 @@ def _plain(path: Path) -> str:
 def _clear(folder: Path, path: Path) -> None:
     """Take away what an earlier run of the chapter left in its folder, so that nothing of two runs stands side by side."""
     try:
-        tables = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["tables"]
-    except (OSError, ValueError, KeyError, TypeError):  # there was none, or it is no file of ours
-        tables = []
+        told = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["tables"]
+        tables = {each.stem for each in folder.glob("*.csv")} & set(told)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # there was none, or it is no file of ours
+        tables = set()
     names = (
         f"{path.stem}.ipynb",
         f"{path.stem}.failed.ipynb",
@@ -448,16 +454,19 @@ def run(args: argparse.Namespace) -> int:
     """`mmn run`: exit code 1 where pictures had to be left out. Raises MmnError for bad input and for a chapter that stops."""
     path = chapter(args.chapter)
     given: dict[str, str] = {}
-    for word in args.parameter:
+    short = [f"{name}={value}" for name, value in (("model", args.model), ("images", args.images)) if value is not None]
+    for word in (*args.parameter, *short):
         name, sign, value = word.partition("=")
         if not sign:
             raise MmnError(f"A parameter is given as NAME=VALUE, not {word!r}.")
+        if name in given:
+            raise MmnError(f"{name} is given twice: leave one of the two away.")
         given[name] = value
-    given |= {name: value for name, value in (("model", args.model), ("images", args.images)) if value}
     if "out" in given:
         raise MmnError("Where results go is said by --out alone: leave -p out=... away.")
     if args.cell_seconds < 1:
         raise MmnError(f"--cell-seconds is a whole number of at least 1, not {args.cell_seconds}.")
+    _place(args.out.expanduser() / path.stem)
     done = execute(path, checked(path, given), args.out, cell_seconds=args.cell_seconds)
     print(f"Written to {done}")
     missing = _left_out(done.parent / "pictures.csv")
@@ -467,10 +476,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _left_out(table: Path) -> int:
-    """How many pictures of a table as `opened` makes it could not be opened."""
+    """How many pictures of a table as `opened` makes it could not be opened; 0 without such a table."""
     import pandas as pd
 
-    return int(pd.read_csv(table, keep_default_na=False)["problem"].ne("").sum()) if table.exists() else 0
+    try:
+        return int(pd.read_csv(table, keep_default_na=False)["problem"].ne("").sum())
+    except (FileNotFoundError, ValueError, KeyError):  # there is none, or a notebook of one's own means something else by it
+        return 0
 
 
 def listing(paths: Iterable[Path]) -> str:

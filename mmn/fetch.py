@@ -22,7 +22,7 @@ import ssl
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -47,8 +47,10 @@ SEED = 2023  # of the release's split
 TRAIN, VALID, TEST = 1000, 200, 200  # the release's numbers
 MOST = 10**9  # of seconds, pictures and workers
 TRIES = 3  # of an address whose failure may pass
-SILENCE = 50  # such failures, and no picture: the network is down
+SILENCE = 50  # such failures in a row, after which it is asked whether the network is up
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Not in the open, though is_global says so: of protocols, old forms of IPv4 addresses, NAT64 within a network.
+CLOSED = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "::/96", "64:ff9b:1::/48")]
 ESCAPED = "!#$%&'()*+,/:;=?@[]~"  # what an address may hold as it is
 
 
@@ -87,7 +89,7 @@ def addresses(path: Path) -> list[tuple[str, str]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         urls, captions = data["image_urls"], data["captions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MmnError(f"{path} is not the list of SBU Captions (JSON with image_urls and captions): {error}.") from None
     if not isinstance(urls, list) or not isinstance(captions, list) or len(urls) != len(captions):
         raise MmnError(f"{path} does not hold as many addresses as captions, in two lists: get the list again.")
@@ -117,6 +119,8 @@ def _public(text: str) -> bool:
             address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         else:
             address = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or address
+    if any(address in each for each in CLOSED):
+        return False
     return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
 
@@ -157,15 +161,16 @@ def _asked(url: str, place: tuple[str, int], end: float) -> Iterator[HTTPRespons
 def get(url: str, limits: Limits) -> bytes:
     """The bytes behind an address. Raises MmnError, with the reason, where they are not to be had within the limits, and `Passing` where
     they may be another time."""
-    end = time.monotonic() + limits.seconds
-    for _ in range(limits.redirects + 1):
+    end, redirects = time.monotonic() + limits.seconds, 0
+    while redirects <= limits.redirects:
         try:
             with _asked(url, check(url, limits), end) as reply:
                 if reply.status in (301, 302, 303, 307, 308):
-                    url = urljoin(url, reply.headers["Location"] or "")
+                    url, redirects = urljoin(url, reply.headers["Location"] or ""), redirects + 1
                     continue
                 if reply.status in (429, 503):  # busy: wait as long as it says, if there is time
-                    pause = float(reply.headers["Retry-After"] or 1) if (reply.headers["Retry-After"] or "1").isdigit() else 1.0
+                    told = reply.headers["Retry-After"] or ""
+                    pause = max(0.5, float(told)) if told.isdecimal() else 1.0
                     if time.monotonic() + pause < end:
                         time.sleep(pause)
                         continue
@@ -209,7 +214,7 @@ def fetch(
     `out/manifest.csv`, whatever stops the fetching. A run that was stopped goes on where it was: what is dead is not asked again.
 
     Raises MmnError for numbers that make no sense, where nothing can be written, where the folder holds pictures of another list or another
-    process fetches into it, and where no address answers at all."""
+    process fetches into it, and where SILENCE addresses in a row fail and one that gave a picture does, too."""
     for name, value in (("count", count), ("workers", workers), ("seconds", limits.seconds)):
         if not 0 < value <= MOST:
             raise MmnError(f"{name} is a number above 0, at most {MOST:,}, not {value}.")
@@ -241,7 +246,7 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
         return replace(got, tries=tried + 1 if got.tries else 0)
 
     numbers = iter([number for number in range(len(items)) if number not in rows])
-    silent = had = 0
+    silent = 0
     waiting: set[Future[Got]] = set()
     try:
         with log.open("a", encoding="utf-8") as handle, bar:
@@ -254,7 +259,9 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
 
             try:
                 with ThreadPoolExecutor(workers) as pool:
-                    while silent < SILENCE or had:
+                    # A stretch of dead hosts is no network that is down, which would cost every address of the list one of its tries.
+                    while silent < SILENCE or _gives(rows.values(), limits):
+                        silent %= SILENCE
                         alive = sum(bool(row.file) for row in rows.values())
                         bar.update(alive - bar.n)
                         # As many are asked as are still wanted, so that no more than `workers` are asked in vain at the end.
@@ -267,7 +274,7 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
                             waiting.remove(each)
                             row = each.result()
                             note(row)
-                            silent, had = silent + bool(row.tries), had + bool(row.file)
+                            silent = silent + 1 if row.tries else 0
             finally:  # after Ctrl-C, what was being fetched then
                 for each in waiting:
                     if each.done() and not each.exception():
@@ -275,9 +282,18 @@ def _fetch(items: Sequence[tuple[str, str]], out: Path, count: int, limits: Limi
     finally:
         frame = pd.DataFrame([asdict(rows[number]) for number in sorted(rows)], columns=list(Got.__dataclass_fields__))
         put(out / "manifest.csv", csv(frame))
-    if silent >= SILENCE and not had:
-        raise MmnError(f"No picture came from {silent} addresses: see whether the network is up, and say the same again.")
+    if silent >= SILENCE:
+        raise MmnError(f"No picture came from {silent} addresses in a row: see whether the network is up, and say the same again.")
     return frame
+
+
+def _gives(rows: Iterable[Got], limits: Limits) -> bool:
+    """Whether the address that last gave a picture still answers; False if none did."""
+    alive = [row.url for row in rows if row.file]
+    try:
+        return bool(alive and get(alive[-1], limits))
+    except MmnError as error:
+        return not isinstance(error, Passing)  # its picture is gone, not the network
 
 
 def _fetched(number: int, url: str, caption: str, folder: Path, limits: Limits) -> Got:
@@ -291,7 +307,7 @@ def _fetched(number: int, url: str, caption: str, folder: Path, limits: Limits) 
         os.replace(part, folder / name)
         return Got(number, url, caption, name, hashlib.sha256(body).hexdigest())
     except MmnError as error:
-        return Got(number, url, caption, reason=str(error), tries=int(isinstance(error, Passing)))
+        return Got(number, url, caption, reason=str(error).replace(part.name, "it"), tries=int(isinstance(error, Passing)))
     finally:
         part.unlink(missing_ok=True)
 

@@ -18,13 +18,15 @@ from mmn.errors import MmnError
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 MAX_PIXELS = 64_000_000
+THIN = 200  # long side over short; a processor that sets the short side would make gigabytes of a thinner picture
 
 
 def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in a file as RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8, a GIF's first
     frame.
 
-    Raises MmnError where there is no such file, it is no picture, it is damaged, or it has more than `max_pixels` pixels."""
+    Raises MmnError where there is no such file, it is no picture, it is damaged, it has more than `max_pixels` pixels, or it is
+    too thin for a model."""
     if not isinstance(path, str | PathLike):
         raise MmnError(f"A picture is opened by the name of its file, not by {type(path).__name__}.")
     text = readable(path)
@@ -38,13 +40,15 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
             raise MmnError(f"{text} is no file but a pipe or a device: give a picture's file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels is checked here
-            picture = Image.open(file, formats=FORMATS)
-            width, height = picture.size
-            if width * height > max_pixels:
-                limit = f"{max_pixels / 1e6:g} million"
-                raise MmnError(f"{name} has {width} x {height} pixels, more than the limit of {limit}: make it smaller.")
-            picture.load()
-            return to_rgb(picture)
+            with Image.open(file, formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    limit = f"{max_pixels / 1e6:g} million"
+                    raise MmnError(f"{name} has {width} x {height} pixels, more than the limit of {limit}: make it smaller.")
+                if max(width, height) > THIN * min(width, height):
+                    raise MmnError(f"{name} has {width} x {height} pixels, too long and thin for any model: crop it.")
+                picture.load()
+                return to_rgb(picture)
     except MmnError:
         raise
     except FileNotFoundError:
@@ -94,6 +98,8 @@ def list_images(folder: str | PathLike[str]) -> list[Path]:
         files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
     except PermissionError:
         raise MmnError(f"The folder {where} may not be read: change its permissions.") from None
+    except OSError as error:  # such as a name that is too long
+        raise MmnError(f"The folder {where} cannot be read ({error.strerror}): give another one.") from None
     if not files:
         raise MmnError(f"The folder {where} holds no pictures ({', '.join(sorted(SUFFIXES))}): give another one.")
     return files

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,16 +74,19 @@ def _parsed(images: str) -> tuple[str, Path, str]:
     kind, _, rest = images.partition(":")
     if kind not in ("sbu", "coco") or not rest:
         return "", Path(images).expanduser(), ""
-    if Path(rest).expanduser().is_dir() or ":" not in rest:
+    if os.path.isdir(Path(rest).expanduser()) or ":" not in rest:
         return kind, Path(rest).expanduser(), ""
     folder, _, part = rest.rpartition(":")
     return kind, Path(folder).expanduser(), part
 
 
 def absolute(images: str) -> str:
-    """A source whose folder is given in full, so that it can be found from anywhere."""
-    if images in ("", "scenes"):
-        return "scenes"
+    """A source whose folder is given in full, so that it can be found from anywhere. Raises MmnError for an empty one: a variable of the
+    shell that is not set must not become drawn scenes."""
+    if not images:
+        raise MmnError("images must not be empty: name a source of pictures, or scenes for drawn ones.")
+    if images == "scenes":
+        return images
     kind, folder, part = _parsed(images)
     return f"{kind}{':' * bool(kind)}{folder.resolve()}{':' * bool(part)}{part}"
 
@@ -102,7 +106,7 @@ def dead(images: str) -> pd.DataFrame:
 
 def _manifest(folder: Path) -> pd.DataFrame:
     path = folder / "manifest.csv"
-    if not path.exists():
+    if not os.path.exists(path):
         raise MmnError(f"{folder} has no manifest.csv: fetch the pictures with `mmn fetch sbu`.")
     try:
         return pd.read_csv(path, keep_default_na=False, usecols=["url", "caption", "file", "reason"], dtype=str)
@@ -130,25 +134,27 @@ def _coco(folder: Path, part: str) -> list[Picture]:
     except ImportError:
         raise MmnError("COCO is read with pycocotools: pip install 'mmn[data]'.") from None
     files = {kind: folder / "annotations" / f"{kind}_{part}.json" for kind in ("instances", "captions")}
-    if not files["instances"].exists():
+    if not os.path.exists(files["instances"]):
         raise MmnError(f"There is no {files['instances']}: give the folder that holds COCO's annotations/ and {part}/.")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its tools talk
             things = COCO(str(files["instances"]))
             said = COCO(str(files["captions"])) if files["captions"].exists() else None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        names = {key: each["name"] for key, each in things.cats.items()}
+        found = []
+        for number in sorted(things.imgs):
+            own = things.imgToAnns[number]
+            objects = tuple(dict.fromkeys(names[each["category_id"]] for each in own))
+
+            def mask(noun: str, own: list = own) -> np.ndarray:
+                some = [things.annToMask(each).astype(bool) for each in own if names[each["category_id"]] == noun]
+                return np.logical_or.reduce(some)
+
+            captions = tuple(each["caption"] for each in said.imgToAnns[number]) if said else ()
+            name = things.imgs[number]["file_name"]
+            found.append(Picture(name, folder / part / name, objects=objects, captions=captions, masks=mask))
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise MmnError(f"COCO's annotations {part} in {folder} are damaged ({error!r}): get them again.") from None
-    names = {key: each["name"] for key, each in things.cats.items()}
-    found = []
-    for number in sorted(things.imgs):
-        own = things.imgToAnns[number]
-        objects = tuple(dict.fromkeys(names[each["category_id"]] for each in own))
-
-        def mask(noun: str, own: list = own) -> np.ndarray:
-            some = [things.annToMask(each).astype(bool) for each in own if names[each["category_id"]] == noun]
-            return np.logical_or.reduce(some)
-
-        captions = tuple(each["caption"] for each in said.imgToAnns[number]) if said else ()
-        name = things.imgs[number]["file_name"]
-        found.append(Picture(name, folder / part / name, objects=objects, captions=captions, masks=mask))
+    if not found or len({picture.id for picture in found}) < len(found):
+        raise MmnError(f"{files['instances']} names no picture, or one twice: get it again.")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,7 @@ from mmn.scenes import PROMPT as PROMPT
 from mmn.trace import WINDOW, Recorder, Trace
 
 PREFIX = "An image of"
+WHOLE, BLOCK = 1 << 28, 1 << 14  # bytes of a weight file that are hashed: all up to so many, else so many in each MiB
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes; any other text is one device
 
 
@@ -112,7 +114,7 @@ class VLM:
         moved = {}
         for key, value in encoded.items():
             floating = value.is_floating_point()
-            moved[key] = value.to(self.device, self.anatomy.unembedding.weight.dtype if floating else value.dtype)
+            moved[key] = value.to(self.device, self.model.get_input_embeddings().weight.dtype if floating else value.dtype)
         self._check_length(moved["input_ids"].shape[1])
         return moved
 
@@ -492,11 +494,12 @@ def _check_kind(config: Any, name: str) -> None:
 def place(device_map: str | dict[str, Any] | None, dtype: str | torch.dtype) -> torch.dtype | str:
     """The dtype by its name. Raises MmnError where there is none of that name, and for a device that this machine does not have."""
     kind = dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, str(dtype), None)
-    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    if kind not in ("auto", torch.float32, torch.bfloat16, torch.float16):
         raise MmnError(f"There is no dtype {dtype!r}: use float32, bfloat16, float16 or auto.")
     if isinstance(device_map, str) and device_map not in SPREAD:
         try:
-            torch.empty(1, device=device_map)
+            if torch.empty(1, device=device_map).is_meta:
+                raise RuntimeError("it holds no numbers")
         except (RuntimeError, AssertionError) as error:
             raise MmnError(
                 f"The device {device_map!r} cannot be used ({_line(error)}): choose cpu, or one that is here."
@@ -517,15 +520,15 @@ def _builder(config: Any) -> Any:
 def resolve(name: str | PathLike[str]) -> str:
     """A folder, or the name for the Hub. A shipped model's name stands for its folder."""
     text = str(name)
-    if Path(text).is_dir():
+    if os.path.isdir(text):  # which, unlike Path, takes a name that is too long for one that is not there
         if not (Path(text) / "config.json").exists():
             raise MmnError(f"The folder {text} holds no checkpoint (no config.json): give the folder of a saved model.")
         return text
-    if Path(text).exists():
+    if os.path.exists(text):
         raise MmnError(f"{text} is a file: give the folder of a saved model, or a Hugging Face name.")
     try:
         return str(data_path(text))
-    except MmnError:
+    except (MmnError, OSError):
         if "/" not in text or text.startswith((".", "/", "~")):
             choices = "tiny-llava, an existing folder, or a Hugging Face name as owner/model"
             raise MmnError(f"There is no model {text!r}: give {choices}.") from None
@@ -546,18 +549,17 @@ def _weight_files(where: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in shards]
 
 
-def hash_files(files: Sequence[Path], whole: int = 1 << 28, block: int = 1 << 20) -> str:
-    """16 hex digits for a checkpoint's weight files: of every byte up to `whole` bytes a file, else of its size and 64 blocks
-    of it."""
+def hash_files(files: Sequence[Path]) -> str:
+    """16 hex digits for a checkpoint's weight files: of every byte of a file up to WHOLE bytes, else of its size and a BLOCK in every
+    MiB, which no change of a neuron's write, a number in each row of a matrix, escapes."""
     digest = hashlib.sha256()
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
         with file.open("rb") as handle:
-            starts = range(0, size, block) if size <= whole else range(0, size - block, (size - block) // 63)
-            for start in starts:
+            for start in range(0, size, 1 << 20):
                 handle.seek(start)
-                digest.update(handle.read(block))
+                digest.update(handle.read(1 << 20 if size <= WHOLE else BLOCK))
     return digest.hexdigest()[:16]
 
 

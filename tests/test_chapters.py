@@ -13,6 +13,8 @@ import mmn
 from mmn import chapters, claims, cli, metrics, scenes
 from mmn.errors import MmnError
 
+LONG = "a" * 5000
+
 
 @pytest.fixture
 def book(tmp_path, monkeypatch):
@@ -86,6 +88,17 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
         (["run", "4", "-p", "device=meta:x"], "The device 'meta:x' cannot be used"),
         (["run", "4", "-p", "dtype=int64"], "There is no dtype 'int64': use float32"),
         (["run", "4", "-p", "dtype=float8"], "There is no dtype 'float8': use float32, bfloat16, float16 or auto."),
+        (["run", "4", "-p", "dtype=float8_e4m3fn"], "There is no dtype 'float8_e4m3fn': use float32"),
+        (["run", "4", "-p", "device=meta"], "The device 'meta' cannot be used"),
+        (["run", "4", "--model", ""], "model must not be empty."),
+        (["run", "4", "--images", ""], "images must not be empty: name a source of pictures, or scenes"),
+        (["run", "4", "-p", "images="], "images must not be empty"),
+        (["run", "4", "--model", "a", "-p", "model=b"], "model is given twice: leave one of the two away."),
+        (["run", "4", "-p", "top_k=1", "-p", "top_k=2"], "top_k is given twice"),
+        (["run", "4", "--model", LONG], "There is no model 'aaa"),
+        (["run", "4", "--images", LONG], "cannot be read (File name too long)"),
+        (["run", f"{LONG}.ipynb"], "There is no chapter 'aaa"),
+        (["run", "bare.ipynb", "-p", "k=1"], "bare has no parameter 'k': it has no cell tagged `parameters`."),
     ],
 )
 def test_bad_parameters_stop_before_anything_starts(book, capsys, monkeypatch, words, message):
@@ -96,6 +109,8 @@ def test_bad_parameters_stop_before_anything_starts(book, capsys, monkeypatch, w
     parameters = new_code_cell("k = 1")
     parameters.metadata["tags"] = ["parameters"]
     nbformat.write(new_notebook(cells=[parameters]), book / "nobodys.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell("k = 1")], metadata=kernel), book / "bare.ipynb")
     assert cli.main([*words, "--out", str(book / "results")]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1  # one sentence
@@ -115,8 +130,31 @@ def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, ca
         assert [p.name for p in (book / "results" / "04_small").iterdir()] == ["04_small.failed.ipynb"]
     assert cli.main([*words, "offset=-7"]) == 0  # and the next run takes that away
     assert "04_small.failed.ipynb" not in [p.name for p in (book / "results" / "04_small").iterdir()]
+
+
+def test_a_place_for_results_that_cannot_be_is_told_before_anything_starts(book, capsys, monkeypatch):
+    monkeypatch.setattr(chapters, "checked", lambda *_: pytest.fail("too late"))
     (book / "file").write_text("")
-    assert cli.main(["run", "4", "--out", str(book / "file")]) == 2 and "cannot be written" in capsys.readouterr().err
+    for out, said in (
+        (book / "file", "is a file: give a folder for out."),
+        (book / LONG, "File name too long): give another one for"),
+    ):
+        assert cli.main(["run", "4", "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_notebook_of_ones_own_may_mean_something_else_by_our_files(book):
+    table, folder = book / "pictures.csv", book / "own"
+    for text in ("name,size\na,3\n", "", "a\n1,2\n1,2,3\n"):
+        table.write_text(text)
+        assert chapters._left_out(table) == 0
+    folder.mkdir()
+    for tables in (3, None, [3, "x"], [["x"]], ["../kept"]):
+        (book / "kept.csv").touch()
+        (folder / "x.csv").touch()
+        (folder / "settings.json").write_text(json.dumps({"tables": tables}))
+        chapters._clear(folder, book / "own.ipynb")
+        assert (book / "kept.csv").exists() and (folder / "x.csv").exists() == (tables != [3, "x"])
 
 
 def test_a_full_disk_and_a_second_run_are_a_sentence(book, capsys, monkeypatch):

@@ -7,7 +7,9 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,12 @@ from mmn.paths import alone
 def jpeg() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def thin() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (300, 1)).save(out, "PNG")
     return out.getvalue()
 
 
@@ -76,6 +84,8 @@ class Server(BaseHTTPRequestHandler):
             self.send(b"\xff" * 300_000)
         elif name == "bomb":
             self.send(bomb(), "image/png")
+        elif name == "thin":
+            self.send(thin(), "image/png")
         elif name == "busy":  # the first time only
             if Server.asked.count(self.path) == 1:
                 self.send_response(429)
@@ -83,8 +93,11 @@ class Server(BaseHTTPRequestHandler):
                 self.end_headers()
             else:
                 self.send(jpeg())
-        elif name == "down":
-            self.send_error(503)
+        elif name in ("down", "later"):  # always busy
+            self.send_response(503 if name == "down" else 429)
+            if name == "later":
+                self.send_header("Retry-After", "0")
+            self.end_headers()
         elif name == "shout":
             self.send(jpeg(), "IMAGE/JPEG")
         elif name == "odd":
@@ -134,9 +147,9 @@ REASONS = {
     "loop": "more than 5 redirects",
     "file": "file scheme",
     "half": "cut short|IncompleteRead|ChunkedEncodingError|ConnectionError",
-    "broken": "damaged",
+    "broken": "^it is damaged",
     "huge": "more than 0.2 MB",
-    "bomb": "pixels",
+    "bomb": "^it has far more than 64 million pixels",
     "slow": "longer than 1 seconds",
     "drip": "longer than 1 seconds",
     "headers": "longer than 1 seconds",
@@ -144,6 +157,8 @@ REASONS = {
     "port": "no address",
     "odd": "no address",
     "down": "status 503",
+    "later": "status 429|longer than 1 seconds",
+    "thin": "^it has 300 x 1 pixels",
 }
 
 
@@ -203,12 +218,59 @@ def test_what_may_pass_is_asked_again_but_not_for_ever(address, tmp_path):
     assert not Server.asked
 
 
+@pytest.mark.parametrize("told", ["0", "1", "²", None])
+def test_a_host_that_stays_busy_may_pass_however_long_it_says_to_wait(address, told, monkeypatch):
+    """It is not taken for one that leads round and round, which would be dead for good."""
+    now, asked = [0.0], []
+
+    @contextmanager
+    def asking(url, *_):
+        asked.append(url)
+        yield SimpleNamespace(status=429, headers={"Retry-After": told})
+
+    monkeypatch.setattr(fetch, "_asked", asking)
+    monkeypatch.setattr(fetch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda pause: now.append(now.pop() + pause)))
+    with pytest.raises(fetch.Passing, match="status 429"):
+        fetch.get(f"{address}/x.jpg", fetch.Limits(private=True))
+    assert len(asked) > fetch.Limits().redirects + 1 and 18 < now[0] < 20
+
+
 def test_without_a_network_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "SILENCE", 5)
     items = [(f"http://no-such-host.invalid/{n}.jpg", "") for n in range(30)]
-    with pytest.raises(MmnError, match="No picture came from [5-8] addresses: see whether the network is up"):
+    with pytest.raises(MmnError, match="No picture came from [5-8] addresses in a row: see whether the network is up"):
         fetch.fetch(items, tmp_path, 30, workers=2, progress=False)
     assert len(pd.read_csv(tmp_path / "manifest.csv")) < 10
+
+
+def test_a_network_that_goes_down_costs_few_addresses_a_try_and_dead_hosts_are_none(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "SILENCE", 5)
+    known = fetch.get
+
+    def get(url, limits):
+        if "dead" in url:
+            raise fetch.Passing("the host is not known")
+        return known(url, limits)
+
+    def broken(url, limits):
+        asked.append(url)
+        if len(asked) > 8:
+            raise fetch.Passing("ConnectionRefusedError")
+        return known(url, limits)
+
+    asked: list[str] = []
+    items = [(f"{address}/{'dead' if 5 <= n < 40 else 'good'}{n}.jpg", "") for n in range(60)]
+    monkeypatch.setattr(fetch, "get", get)  # a stretch of dead hosts, longer than SILENCE
+    table = fetch.fetch(items, tmp_path / "dead", 7, limits=LIMITS, workers=2, progress=False)
+    assert (table["file"] != "").sum() == 7 and table["tries"].sum() == 35
+    monkeypatch.setattr(fetch, "get", broken)
+    with pytest.raises(MmnError, match="in a row: see whether the network is up"):
+        fetch.fetch(items, tmp_path / "down", 60, limits=LIMITS, workers=1, progress=False)
+    table = pd.read_csv(tmp_path / "down" / "manifest.csv", keep_default_na=False)
+    assert (table["file"] != "").sum() == 8 and table["tries"].sum() == 5, "most are as if never asked"
+    monkeypatch.setattr(fetch, "get", known)
+    table = fetch.fetch(items, tmp_path / "down", 60, limits=LIMITS, workers=2, progress=False)
+    assert (table["file"] != "").all()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +332,8 @@ def test_private_addresses_are_refused_unless_allowed(address, tmp_path):
     table = fetch.fetch([(f"{address}/good.jpg", "")], tmp_path, 1, progress=False)
     assert table["reason"].tolist() == ["the host is inside a private network"]
     for url in ("http://localhost/x.jpg", "http://[::1]/x.jpg", "http://169.254.169.254/x", "http://10.0.0.8/x", "ftp://x.org/x",
-                "http://[64:ff9b::a00:1]/", "http://[2002:7f00:1::]/", "http://[fec0::1]/", "http://224.0.0.1/"):  # fmt: skip
+                "http://[64:ff9b::a00:1]/", "http://[64:ff9b:1::7f00:1]/", "http://[::127.0.0.1]/", "http://192.0.0.8/",
+                "http://[2002:7f00:1::]/", "http://[fec0::1]/", "http://224.0.0.1/"):  # fmt: skip
         with pytest.raises(MmnError, match="private network|only http"):
             fetch.check(url, fetch.Limits())
 
@@ -279,7 +342,7 @@ def test_a_list_of_another_form_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps({"image_urls": ["a"], "captions": ["x"], "user_ids": ["u"]}))
     assert fetch.addresses(path) == [("a", "x")]
-    for text in ("[1, 2]", "{", '{"image_urls": 5, "captions": 5}', json.dumps({"image_urls": ["a"], "captions": []})):
+    for text in ("[1, 2]", "{", '{"image_urls": 5, "captions": 5}', json.dumps({"image_urls": ["a"], "captions": []}), "[" * 10**5):
         path.write_text(text)
         with pytest.raises(MmnError, match="list"):
             fetch.addresses(path)
@@ -321,12 +384,53 @@ def test_coco_gives_objects_captions_and_real_masks(tmp_path):
         sources.load(f"coco:{tmp_path / 'val2017'}")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 99}]}, "damaged .KeyError.99"),
+        ({"images": [{"id": 1}]}, "damaged .KeyError.'file_name'"),
+        ({"images": [{"id": 1, "file_name": 5}]}, "damaged .TypeError"),
+        ({"images": [{"id": 1, "file_name": "1.jpg"}, {"id": "a", "file_name": "a.jpg"}]}, "damaged .TypeError"),
+        ({"categories": [{"id": 18}]}, "damaged .KeyError.'name'"),
+        (
+            {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "1.jpg"}]},
+            "names no picture, or one twice: get it again",
+        ),
+        ({"images": []}, "names no picture, or one twice: get it again"),
+        ({"captions": [{"id": 1, "image_id": 1}]}, "damaged .KeyError.'caption'"),
+        ("[" * 10**5, "damaged .RecursionError"),
+    ],
+)
+def test_coco_that_is_not_quite_right_is_refused_in_a_sentence(tmp_path, change, message):
+    whole = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "category_id": 18}],
+             "categories": [{"id": 18, "name": "dog"}]}  # fmt: skip
+    (tmp_path / "annotations").mkdir()
+
+    def write(data):
+        said = {"images": [], "annotations": data.pop("captions", [])} if isinstance(data, dict) else {}
+        for name, each in (("instances", data), ("captions", said)):
+            text = each if isinstance(each, str) else json.dumps(each)
+            (tmp_path / "annotations" / f"{name}_val2017.json").write_text(text)
+
+    write(dict(whole))
+    assert [picture.objects for picture in sources.load(f"coco:{tmp_path}")] == [("dog",)]
+    write(change if isinstance(change, str) else whole | change)
+    with pytest.raises(MmnError, match=message):
+        sources.load(f"coco:{tmp_path}")
+
+
 def test_scenes_and_folders(tmp_path):
     some = sources.load("", 3, seed=2)
     assert [p.id for p in some] == ["scene-6", "scene-7", "scene-8"] and some[0].mask(some[0].objects[0]).any()
     for name in ("b.png", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(jpeg())
     assert [p.id for p in sources.load(str(tmp_path))] == ["a.jpg", "b.png"]
+    assert sources.absolute("scenes") == "scenes"
+    with pytest.raises(MmnError, match="images must not be empty"):
+        sources.absolute("")
+    for kind in ("", "sbu:", "coco:"):
+        with pytest.raises(MmnError, match="cannot be read .File name too long|has no manifest|There is no"):
+            sources.load(kind + "a" * 5000)
     with pytest.raises(MmnError, match="manifest"):
         sources.load(f"sbu:{tmp_path}")
 

@@ -114,6 +114,14 @@ def test_limits_on_pixels(tmp_path: Path) -> None:
         assert "pixels" in refused(bomb(60_000, 60_000))
 
 
+def test_too_thin(save) -> None:
+    """A processor that sets the short side would make gigabytes of it."""
+    for size in ((201, 1), (1, 201), (30_000, 100)):
+        assert f"has {size[0]} x {size[1]} pixels, too long and thin" in refused(save(Image.new("RGB", size), "thin.png"))
+    for size in ((1, 1), (3, 200), (200, 1)):
+        assert mmn.open_image(save(Image.new("RGB", size), "fine.png")).size == size
+
+
 def test_damaged(save, tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for name in ("cut.jpg", "cut.png", "cut.gif", "cut.bmp", "cut.tiff", "cut.webp"):
@@ -172,3 +180,6 @@ def test_folders(save, tmp_path: Path) -> None:
         mmn.list_images(tmp_path / "empty")
     with pytest.raises(mmn.MmnError, match="There is no folder"):
         mmn.list_images(tmp_path / "missing")
+    with pytest.raises(mmn.MmnError, match="cannot be read .File name too long"):
+        mmn.list_images(tmp_path / ("a" * 5000))
+    assert "too long" in refused("a" * 5000)

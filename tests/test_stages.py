@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 
 import mmn
@@ -154,3 +155,33 @@ def test_specificity_pairs_every_picture_with_others_only():
     rows = [(f"p{n}", "dog", 0, unit) for n in range(6) for unit in rng.choice(1000, 10, replace=False)]
     table = stages.specificity(pd.DataFrame(rows, columns=["picture", "noun", "layer", "unit"]))
     assert set(table["neurons"]) == {"found"} and len(table) == 6 and table["value"].max() < 1
+
+
+def test_specificity_does_not_hang_on_the_order_of_the_pictures():
+    rng = np.random.default_rng(0)
+    rows = [(f"p{n}", noun, 0, unit) for n in range(6) for noun in ("dog", "cat") for unit in rng.choice(40, 10, replace=False)]
+    frame = pd.DataFrame(rows, columns=["picture", "noun", "layer", "unit"])
+    other = pd.concat([part for _, part in sorted(frame.groupby("picture"), key=lambda each: each[0][-1] in "135")])
+    one, two = (stages.specificity(each).sort_values(["picture", "noun", "neurons"]) for each in (frame, other))
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), two.reset_index(drop=True))
+
+
+def test_a_small_model_and_a_mask_of_another_size_cost_one_measure_each(pictures, monkeypatch):
+    """3 layers of 24 neurons have no 60 beside which as many random ones could stand; what can be measured is."""
+    monkeypatch.setattr(stages, "KS", (5, 20, 60))
+    small = tiny.llava()
+
+    class Turned(Shown):
+        def mask(self, noun):
+            return np.ones((3, 5), bool)
+
+    shown = [Turned("a", pictures[0].scene)]
+    captions = stages.rankings(small, shown, top_k=5)["captions"]
+    assert captions["said"].item()
+    found = stages.properties_of(small, shown, captions, top_k=5)
+    zeroed = found["properties"].query("measure == 'nouns flipped, zeroed'")
+    assert set(zeroed["k"]) == {5, 20} and "IoU of the heatmap" not in set(found["properties"]["measure"])
+    assert {"overlap after a shuffle of the image tokens", "nouns flipped, zeroed"} <= set(found["properties"]["measure"])
+    notes = found["problems"]
+    assert set(notes["kind"]) == {"note"} and list(notes["picture"].unique()) == ["a", ""]
+    assert notes["problem"].str.contains("of another size").any()

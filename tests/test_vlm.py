@@ -78,6 +78,9 @@ def test_load_refuses(folder: Path, copy: Path, tmp_path: Path) -> None:
     assert "is a file" in refusal(mmn.load, folder / "config.json")
     assert "no dtype" in refusal(mmn.load, folder, dtype="float31")
     assert "no dtype" in refusal(mmn.load, folder, dtype="nn")
+    assert "no dtype" in refusal(mmn.load, folder, dtype=torch.float8_e4m3fn)
+    assert "'meta' cannot be used (it holds no numbers)" in refusal(mmn.load, folder, device_map="meta")
+    assert "There is no model 'aaa" in refusal(mmn.load, "a" * 280)
     if not torch.cuda.is_available():
         assert "cannot be used" in refusal(mmn.load, folder, device_map="cuda")
     (copy / "model.safetensors").rename(copy / "elsewhere")
