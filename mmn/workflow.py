@@ -99,9 +99,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     vlm.place(None if args.profile else args.device_map, args.dtype)  # with a profile, it is another machine's device
     models = {}
     for given in map(str, args.models):
-        name, _, revision = (given, "", "") if Path(given).exists() else given.partition("@")
+        name, _, revision = (given, "", "") if os.path.exists(given) else given.partition("@")
         vlm.resolve(name)
-        name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        name = str(Path(name).resolve()) if os.path.isdir(name) else name
         slug = re.sub(r"[^\w.-]+", "_", given).strip("_.-") or Path(name).name
         if slug in models:
             raise MmnError("Two of the models have the same name: give each once.")
