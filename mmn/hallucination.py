@@ -23,7 +23,7 @@ from mmn import metrics, scenes
 from mmn.edit import Edit, located
 from mmn.editors import biased, decoding, forms
 from mmn.errors import MmnError
-from mmn.ffn import Neuron, by_layer
+from mmn.ffn import Neuron, by_layer, neurons_at
 from mmn.hooks import hooked
 from mmn.intervene import same_layer_random
 from mmn.lesson import removed, says
@@ -296,6 +296,20 @@ def other_neurons(vlm: VLM, voices: Mapping[str, Voice], draws: int = 3, seed: i
     return choices
 
 
+def by_weights(vlm: VLM, voices: Mapping[str, Voice]) -> dict[str, dict[str, Voice]]:
+    """Voices of the same words by as many neurons chosen without a picture, for `loudness`. `weights alone`: those of largest
+    `<w_i, u_t>`; `weights alone, less those shared`: without the voice's own, left out where nothing would be left."""
+    chosen = {}
+    for noun, voice in voices.items():
+        word = vlm.anatomy.words([voice.token])
+        scores = torch.cat([ffn.read(word).cpu()[0] for ffn in vlm.anatomy.ffns])
+        places = scores.topk(min(len(voice.neurons), len(scores))).indices.numpy()
+        chosen[noun] = neurons_at(vlm.anatomy.neurons, places)
+    left = {noun: [neuron for neuron in some if neuron not in voices[noun].neurons] for noun, some in chosen.items()}
+    lists = {"weights alone": chosen} | ({"weights alone, less those shared": left} if all(left.values()) else {})
+    return {name: {noun: replace(voice, neurons=some[noun]) for noun, voice in voices.items()} for name, some in lists.items()}
+
+
 def loudness(vlm: VLM, said: Sequence[Mention], choices: Mapping[str, Mapping[str, Voice]]) -> pd.DataFrame:
     """How loudly each mention's picture says its noun: one row a mention, one column a choice of voices by noun, in the standard
     deviations of those voices. With the neurons of a voice replaced it is a control: the area under the curve knows no unit."""
@@ -445,17 +459,36 @@ def penalised(vlm: VLM, nouns: Sequence[str], amount: float) -> Callable[[], Abs
 def said_of(vlm: VLM, images: Sequence[Image.Image], noun: str, prompts: Sequence[str], seed: int = 0) -> pd.DataFrame:
     """How often a noun is said of some pictures: one row a way of asking and decoding (greedy under each prompt; sampled; beam search),
     with `share`, the share of captions that say it, `said`, whether each does, and `captions`."""
-    ways: dict[str, tuple[str, dict[str, Any]]] = {f"greedy: {prompt}": (prompt, {}) for prompt in prompts}
-    ways["sampled"] = (prompts[0], {"do_sample": True, "temperature": 1.0, "top_k": 0})
-    ways["beam search"] = (prompts[0], {"num_beams": 4})
     rows = []
-    for name, (prompt, settings) in ways.items():
-        with decoding(vlm, **settings), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            traces = vlm.caption(list(images), prompt, batch_size=BATCH, record=False)
+    for name, way in _ways(prompts).items():
+        traces = _asked(vlm, images, *way, seed)
         said = [says(trace, noun) for trace in traces]
         rows.append({"way": name, "share": float(np.mean(said)), "said": said, "captions": [t.text for t in traces]})
     return pd.DataFrame(rows)
+
+
+def silent(vlm: VLM, images: Sequence[Image.Image], noun: str, prompts: Sequence[str], seed: int = 0) -> list[bool]:
+    """Whether each picture makes the model say the noun in none of the ways of `said_of`. It is asked only until it says it, so that
+    this costs little where the noun is said; which pictures are asked together is chance in the sampled way."""
+    open_ = list(range(len(images)))
+    for way in _ways(prompts).values():
+        traces = _asked(vlm, [images[place] for place in open_], *way, seed) if open_ else []
+        open_ = [place for place, trace in zip(open_, traces, strict=True) if not says(trace, noun)]
+    return [place in open_ for place in range(len(images))]
+
+
+def _ways(prompts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Ways of asking and decoding: the prompt, and the settings of decoding."""
+    ways: dict[str, tuple[str, dict[str, Any]]] = {f"greedy: {prompt}": (prompt, {}) for prompt in prompts}
+    ways["sampled"] = (prompts[0], {"do_sample": True, "temperature": 1.0, "top_k": 0})
+    ways["beam search"] = (prompts[0], {"num_beams": 4})
+    return ways
+
+
+def _asked(vlm: VLM, images: Sequence[Image.Image], prompt: str, settings: Mapping[str, Any], seed: int) -> list[Trace]:
+    with decoding(vlm, **settings), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return vlm.caption(list(images), prompt, batch_size=BATCH, record=False)
 
 
 _PHRASE = "|".join(

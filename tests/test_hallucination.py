@@ -144,6 +144,20 @@ def test_other_neurons_share_layers_and_words_and_nothing_else(vlm: mmn.VLM) -> 
     assert "another noun's neurons" not in h.other_neurons(vlm, {"clock": first}), "no other noun"
 
 
+def test_neurons_by_weights_alone_are_the_top_of_the_weights(vlm: mmn.VLM) -> None:
+    """Against every write's product with the word, neuron by neuron."""
+    every = [mmn.Neuron(layer, unit) for layer, width in enumerate(vlm.anatomy.neurons) for unit in range(width)]
+    token = vlm.tokenizer(" clock", add_special_tokens=False).input_ids[0]
+    products = (vlm.anatomy.writes(every) @ vlm.anatomy.words([token])[0]).tolist()
+    best = [neuron for _, neuron in sorted(zip(products, every, strict=True), key=lambda pair: -pair[0])[:3]]
+    voice = h.Voice("clock", token, [best[1], mmn.Neuron(0, 0), mmn.Neuron(0, 1)], level=1.5)
+    assert h.by_weights(vlm, {"clock": voice}) == {
+        "weights alone": {"clock": replace(voice, neurons=best)},
+        "weights alone, less those shared": {"clock": replace(voice, neurons=[best[0], best[2]])},
+    }
+    assert list(h.by_weights(vlm, {"clock": replace(voice, neurons=best)})) == ["weights alone"], "nothing is left"
+
+
 def test_a_gate_acts_where_it_doubts_and_nowhere_else(vlm: mmn.VLM) -> None:
     images = [s.image for s in h.lacking("boat", 12, 300)]
     before = h.plain(vlm)(images)
@@ -177,8 +191,14 @@ def test_words_taken_away(vlm: mmn.VLM) -> None:
     images = [s.image for s in h.holding("beer", 4, 500)]
     with h.penalised(vlm, ["beer"], 100.0)():
         table = h.said_of(vlm, images, "beer", [mmn.PROMPT, *scenes.PARAPHRASES[:1]])
+        assert h.silent(vlm, images, "beer", [mmn.PROMPT]) == [True] * 4
     assert list(table["share"]) == [0.0] * 4 and list(table["way"])[-2:] == ["sampled", "beam search"]
-    assert metrics.mean(np.array(h.said_of(vlm, images, "beer", [mmn.PROMPT])["share"])) > 0
+    table = h.said_of(vlm, images, "beer", [mmn.PROMPT])
+    assert metrics.mean(np.array(table["share"])) > 0
+    noun = "pencil"  # nobody's: the pictures show none, and all ways are asked
+    mixed = [*images[:2], *(s.image for s in h.holding(noun, 2, 500))]
+    ever = np.any(h.said_of(vlm, mixed, noun, [mmn.PROMPT])["said"].tolist(), axis=0)
+    assert h.silent(vlm, mixed, noun, [mmn.PROMPT]) == (~ever).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
