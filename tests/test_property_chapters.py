@@ -20,9 +20,8 @@ GIVEN = {
 pytestmark = pytest.mark.skipif(not NOTEBOOKS.exists(), reason="there are no notebooks beside the tests")
 
 
-@pytest.mark.parametrize(
-    "name", ["05_specificity", *(pytest.param(name, marks=pytest.mark.slow) for name in ("04_sensitivity", "06_causal_effect"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GIVEN)
 def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -29,6 +29,7 @@ def test_a_random_model_says_words_and_has_one_noun() -> None:
     assert len(words) == 50 and all(word.isalpha() for word in words) and trace.nouns[0].text == words[0]
 
 
+@pytest.mark.slow
 def test_the_measured_stages_are_whole() -> None:
     vlm = costs.build(SMALL, side=3)
     row = study_costs.measure(vlm)

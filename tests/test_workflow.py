@@ -183,6 +183,7 @@ def test_only_what_lacked_memory_is_tried_again(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["rankings-problems-b.csv"]
 
 
+@pytest.mark.slow
 def test_weights_that_change_on_the_way_are_noticed(tmp_path):
     model, out = tmp_path / "mine", tmp_path / "run"
     shutil.copytree(mmn.data_path("tiny-llava"), model)
@@ -206,6 +207,7 @@ def test_drawn_scenes_have_words_of_their_own_for_any_model(tmp_path):
     assert pieces.load(settings | {"images": "pictures"}, "m").lexicon is nouns.lexicon(True), "the shipped model knows no others"
 
 
+@pytest.mark.slow
 def test_a_guess_is_made_from_pictures_that_open(tmp_path):
     folder, out = tmp_path / "pictures", tmp_path / "run"
     folder.mkdir()
