@@ -364,7 +364,7 @@ def page(folder: Path) -> str:
     table = pd.read_csv(folder / "bench.csv")
     record = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     machine = record["machine"]
-    out = shown(table)
+    out = shown(table).drop(columns="neurons").rename(columns={"vocabulary": "words"})  # so that it fits the width of the page
     lines: list[str] = []
     for what, unit in (("Time for one noun", " ms"), ("Memory", " MiB")):
         part = out[[name for name in out if name.endswith(unit) or " " not in name]].rename(
