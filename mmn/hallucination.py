@@ -30,6 +30,7 @@ from mmn.lesson import removed, says
 from mmn.metrics import Interval
 from mmn.nouns import Noun
 from mmn.properties import OwnEncoder
+from mmn.property_tables import towards
 from mmn.scenes import CONCEPTS, PLANTED, Scene
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, VLM
@@ -301,8 +302,7 @@ def by_weights(vlm: VLM, voices: Mapping[str, Voice]) -> dict[str, dict[str, Voi
     `<w_i, u_t>`; `weights alone, less those shared`: without the voice's own, left out where nothing would be left."""
     chosen = {}
     for noun, voice in voices.items():
-        word = vlm.anatomy.words([voice.token])
-        scores = torch.cat([ffn.read(word).cpu()[0] for ffn in vlm.anatomy.ffns])
+        scores = towards(vlm, voice.token)
         places = scores.topk(min(len(voice.neurons), len(scores))).indices.numpy()
         chosen[noun] = neurons_at(vlm.anatomy.neurons, places)
     left = {noun: [neuron for neuron in some if neuron not in voices[noun].neurons] for noun, some in chosen.items()}
