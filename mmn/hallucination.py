@@ -29,6 +29,7 @@ from mmn.intervene import same_layer_random
 from mmn.lesson import removed, says
 from mmn.metrics import Interval
 from mmn.nouns import Noun
+from mmn.pope import FORMS, answers, scored
 from mmn.properties import OwnEncoder
 from mmn.property_tables import towards
 from mmn.scenes import CONCEPTS, PLANTED, Scene
@@ -166,7 +167,7 @@ def pope(vlm: VLM, some: Sequence[Scene], form: str, seed: int = 0) -> dict[str,
     partner, and without one a concept of the same category. Returns accuracy, precision, recall, F1 and the share of yes.
 
     Raises MmnError for another form."""
-    if form not in ("random", "popular", "adversarial"):
+    if form not in FORMS:
         raise MmnError(f"POPE's negatives are random, popular or adversarial, not {form!r}.")
     popular = sorted(CONCEPTS, key=lambda name: -CONCEPTS[name].frequency)[:10]
     asked: list[tuple[Scene, str, bool]] = []
@@ -180,15 +181,8 @@ def pope(vlm: VLM, some: Sequence[Scene], form: str, seed: int = 0) -> dict[str,
             kinds = {CONCEPTS[name].category for name in scene.names}
             absent = partners or [name for name in absent if CONCEPTS[name].category in kinds] or absent
         asked += [(scene, str(rng.choice(scene.names)), True), (scene, str(rng.choice(absent)), False)]
-    questions = [f"Is there {CONCEPTS[name].a} in the image?" for _, name, _ in asked]
-    traces = vlm.caption([scene.image for scene, _, _ in asked], questions, "", 4, batch_size=BATCH, record=False)
-    yes = np.array([trace.text.strip().lower().startswith("yes") for trace in traces])
-    true = np.array([present for _, _, present in asked])
-    hits = float((yes & true).sum())
-    precision, recall = hits / max(float(yes.sum()), 1.0), hits / float(true.sum())
-    f1 = 2 * precision * recall / max(precision + recall, 1e-12)
-    accuracy = float((yes == true).mean())
-    return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": f1, "yes": float(yes.mean())}
+    images, names, there = zip(*((scene.image, name, there) for scene, name, there in asked), strict=True)
+    return scored(answers(vlm, images, names, BATCH), np.array(there))
 
 
 # ------------------------------------------------------------------------------------------------------------------- the detector

@@ -94,6 +94,11 @@ def pictures_of(out: Path, settings: dict[str, Any], shard: int | None = None) -
     """All pictures of a run in their order, or those of one shard: every `shards`-th, so that shards are alike.
 
     Raises MmnError where they are not those that the run began with."""
+    return shard_of(out, settings, shard)[0]
+
+
+def shard_of(out: Path, settings: dict[str, Any], shard: int | None) -> tuple[list[Picture], list[Picture]]:
+    """`pictures_of`, and the pictures of all shards, which are not looked into but for their being there."""
     import pandas as pd
 
     from mmn import sources
@@ -105,7 +110,7 @@ def pictures_of(out: Path, settings: dict[str, Any], shard: int | None = None) -
     other = [row.picture for row in wanted if row.picture not in known or _checksum(known[row.picture]) != row.sha256]
     if other:
         raise MmnError(f"{len(other)} pictures are not as they were when the run began, such as {other[0]}: put them back.")
-    return [known[row.picture] for row in wanted]
+    return [known[row.picture] for row in wanted], [known[name] for name in pinned["picture"] if name in known]
 
 
 # --------------------------------------------------------------------------------------------------------------- one piece
@@ -157,8 +162,8 @@ def step(out: Path, stage: str, model: str | None, shard: int | None) -> None:
     machine = json.loads((out / "machine.json").read_text(encoding="utf-8"))
     place = own_gpus(out, machine)  # before torch is there; held to the end
     started = time.perf_counter()
-    pictures = pictures_of(out, settings, shard)
-    _compute(out, settings, machine, stage, model, shard, pictures)
+    pictures, every = shard_of(out, settings, shard)
+    _compute(out, settings, machine, stage, model, shard, pictures, every)
     suffix = "" if shard is None else f"-{shard}"
     seconds = round(time.perf_counter() - started, 2)
     record = {"stage": stage, "model": model, "shard": shard, "pictures": len(pictures), "seconds": seconds}
@@ -168,8 +173,9 @@ def step(out: Path, stage: str, model: str | None, shard: int | None) -> None:
 
 
 def _compute(
-    out: Path, settings: dict[str, Any], machine: dict[str, Any], stage: str, model: str, shard: int | None, pictures: list[Picture]
-) -> None:
+    out: Path, settings: dict[str, Any], machine: dict[str, Any], stage: str, model: str, shard: int | None, pictures: list[Picture],
+    every: list[Picture],
+) -> None:  # fmt: skip
     import pandas as pd
 
     from mmn import stages
@@ -184,7 +190,16 @@ def _compute(
         put(folder / f"model-{shard}.json", json.dumps(about(vlm), sort_keys=True) + "\n")
     elif stage == "properties":
         captions = read(folder / f"captions-{shard}.csv")
-        found = stages.properties_of(vlm, pictures, captions, top_k=settings["top_k"], seed=settings["seed"], **common)
+        found = stages.properties_of(
+            vlm,
+            pictures,
+            captions,
+            every=every,
+            top_k=settings["top_k"],
+            seed=settings["seed"],
+            batch_size=machine["batch"],
+            **common,
+        )
     else:
         captions = pd.concat([read(folder / f"captions-{n}.csv") for n in range(settings["shards"])], ignore_index=True)
         found = stages.edits(

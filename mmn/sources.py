@@ -21,16 +21,17 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mmn import scenes
+from mmn import coco, scenes
 from mmn.errors import MmnError
 from mmn.fetch import split
 from mmn.images import list_images, open_image, readable
+from mmn.nouns import Lexicon, scene_nouns
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a source. id: its name there. objects: nouns that are true of it, None if not known. captions: what people wrote of
-    it. masks: gives the mask of an object, bool `[H, W]`."""
+    """One picture of a source. id: its name there. objects: what it shows, None if not known. captions: what people wrote of it. masks:
+    gives the mask of an object, bool `[H, W]`. lexicon: how a sentence names the objects of the source, None if it knows of none."""
 
     id: str
     path: Path | None = None
@@ -38,6 +39,7 @@ class Picture:
     objects: tuple[str, ...] | None = None
     captions: tuple[str, ...] = ()
     masks: Callable[[str], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    lexicon: Lexicon | None = field(default=None, repr=False, compare=False)
 
     def open(self) -> Image.Image:
         """The picture as RGB. Raises MmnError for a file that is no whole picture."""
@@ -46,11 +48,27 @@ class Picture:
         assert self.path is not None
         return open_image(self.path)
 
-    def mask(self, noun: str) -> np.ndarray | None:
-        """Where the noun is, bool `[H, W]`; None if that is not known."""
-        if noun not in (self.objects or ()):
+    def mask(self, name: str) -> np.ndarray | None:
+        """Where an object is, bool `[H, W]`; None if that is not known."""
+        if name not in (self.objects or ()):
             return None
-        return self.scene.mask(noun) if self.scene is not None else self.masks(noun) if self.masks else None
+        return self.scene.mask(name) if self.scene is not None else self.masks(name) if self.masks else None
+
+    def named(self, text: str) -> list[str]:
+        """The source's objects that a text names, each once, in order."""
+        return list(dict.fromkeys(name for _, name, _ in self.lexicon(text))) if self.lexicon else []
+
+    def name_at(self, text: str, end: int) -> str | None:
+        """The object that the noun of a text which ends at a character names (`hydrant` a `fire hydrant`), None if it names none."""
+        found = self.lexicon(text) if self.lexicon else []
+        return next((name for _, name, span in found if span[1] == end), None)
+
+    @property
+    def true(self) -> list[str] | None:
+        """What is true of the picture, as CHAIR has it: the objects, and those that people name; None if not known."""
+        if self.objects is None:
+            return None
+        return list(dict.fromkeys((*self.objects, *(name for text in self.captions for name in self.named(text)))))
 
 
 def load(images: str = "", count: int = 1000, seed: int = 0) -> list[Picture]:
@@ -62,7 +80,7 @@ def load(images: str = "", count: int = 1000, seed: int = 0) -> list[Picture]:
         raise MmnError(f"count is a number of pictures, at least 1, not {count}.")
     if images in ("", "scenes"):
         drawn = scenes.sample(count, first=seed * count)
-        return [Picture(f"scene-{scene.seed}", scene=scene, objects=scene.names) for scene in drawn]
+        return [Picture(f"scene-{scene.seed}", scene=scene, objects=scene.names, lexicon=scene_nouns) for scene in drawn]
     kind, folder, part = _parsed(images)
     if kind:
         return (_sbu(folder, part) if kind == "sbu" else _coco(folder, part or "val2017"))[:count]
@@ -128,7 +146,8 @@ def _sbu(folder: Path, part: str) -> list[Picture]:
 
 
 def _coco(folder: Path, part: str) -> list[Picture]:
-    """Pictures of COCO with the names of their objects (the 80 categories) and real masks, by the official tools."""
+    """Pictures of COCO with the names of their objects (the 80 categories) and real masks, by the official tools; their words, see
+    mmn.coco."""
     try:
         from pycocotools.coco import COCO
     except ImportError:
@@ -141,6 +160,7 @@ def _coco(folder: Path, part: str) -> list[Picture]:
             things = COCO(str(files["instances"]))
             said = COCO(str(files["captions"])) if files["captions"].exists() else None
         names = {key: each["name"] for key, each in things.cats.items()}
+        lexicon = coco.lexicon(coco.words(folder / "annotations"))
         found = []
         for number in sorted(things.imgs):
             own = things.imgToAnns[number]
@@ -152,7 +172,7 @@ def _coco(folder: Path, part: str) -> list[Picture]:
 
             captions = tuple(each["caption"] for each in said.imgToAnns[number]) if said else ()
             name = things.imgs[number]["file_name"]
-            found.append(Picture(name, folder / part / name, objects=objects, captions=captions, masks=mask))
+            found.append(Picture(name, folder / part / name, objects=objects, captions=captions, masks=mask, lexicon=lexicon))
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise MmnError(f"COCO's annotations {part} in {folder} are damaged ({error!r}): get them again.") from None
     if not found or len({picture.id for picture in found}) < len(found):

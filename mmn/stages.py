@@ -1,17 +1,19 @@
 """The experiment of the replication report, in the pieces that machines can share out.
 
     rankings    a shard of pictures -> captions, and for every noun its top neurons
-    properties  a shard and its captions -> the three properties, one row a picture, noun and measure
+    properties  a shard and its captions -> the three properties, one row a picture, noun and measure; and POPE's questions, where it is
+                known what a picture shows
     edits       all captions of a model -> one noun edited into another, for its most frequent nouns
     summary     the tables of one model -> one row a measure, with its control and interval
 
 Each stage is a function of a model, pictures and tables, and returns tables; mmn.workflow runs them on one machine or many. What a
 picture cannot give, because it is broken or too large for the memory, becomes a row of the table `problems`; nothing else stops for it.
-All measures are this project's own [ours], as in mmn.properties."""
+All measures but CHAIR and POPE (mmn.pope) are this project's own [ours], as in mmn.properties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +26,7 @@ import mmn
 from mmn import properties
 from mmn.edit import located
 from mmn.errors import MmnError
+from mmn.pope import answers, judged, questions
 from mmn.properties import Case
 from mmn.property_tables import spread
 from mmn.vlm import PROMPT, VLM
@@ -40,7 +43,7 @@ DRAWS = 3  # same-layer random sets beside each set of neurons
 FIT, JUDGE = 8, 16  # pictures that an edit is fitted on and judged on, at most
 
 COLUMNS = {
-    "captions": ("picture", "caption", "tokens", "said", "shown"),
+    "captions": ("picture", "caption", "tokens", "said", "named", "shown"),
     "rankings": ("picture", "noun", "token", "step", "logp", "place", "layer", "unit", "activation", "contribution"),
     "properties": ("picture", "noun", "property", "measure", "neurons", "k", "value"),
     "edits": ("source", "target", "neurons", "picture", "measure", "value"),
@@ -49,7 +52,8 @@ COLUMNS = {
 UNITS = {
     "tokens": "ids, space between",
     "said": "nouns of the caption, | between",
-    "shown": "nouns that are true of the picture, | between; empty if not known",
+    "named": "objects that the caption names, by the words of the pictures' source, | between; empty if it knows of none",
+    "shown": "objects that are there or that people name, | between; empty if not known",
     "logp": "nats, of the token when it was said",
     "place": "1 is the highest contribution",
     "contribution": "logits, direct score",
@@ -139,7 +143,8 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
                     "caption": trace.text,
                     "tokens": " ".join(map(str, trace.tokens.tolist())),
                     "said": "|".join(found),
-                    "shown": "|".join(picture.objects or ()),
+                    "named": "|".join(picture.named(trace.text)),
+                    "shown": "|".join(picture.true or ()),
                 }
             )
             for lemma, ranking in found.items():
@@ -158,19 +163,26 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
 
 
 def properties_of(
-    vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, top_k: int = 10, prompt: str = PROMPT, seed: int = 0
-) -> Tables:
-    """Sensitivity and causal effect for the nouns of a shard's captions, which are read again and not generated: tables properties,
-    problems. Specificity is a matter of all pictures: see `summary`."""
+    vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, every: Sequence[Picture] | None = None, top_k: int = 10,
+    prompt: str = PROMPT, seed: int = 0, batch_size: int = 16,
+) -> Tables:  # fmt: skip
+    """Sensitivity and causal effect for the nouns of a shard's captions, which are read again and not generated, and the answers to POPE's
+    questions: tables properties, problems. every: the pictures of all shards, which say what is frequent, and whose next one is the
+    control for answers. Specificity is a matter of all pictures: see `summary`."""
     notes, rows = Notes("properties"), []
     known = captions.set_index("picture")
-    wanted = [picture for picture in pictures if picture.id in known.index and str(known.at[picture.id, "said"] or "")]
-    for picture, image in opened(wanted, notes):
+    poll = _Poll(pictures if every is None else every, seed)
+    for picture, image in opened([each for each in pictures if each.id in known.index], notes):
         tokens = [int(each) for each in str(known.at[picture.id, "tokens"]).split()]
-        try:
-            rows += [{"picture": picture.id, **row} for row in _measures(vlm, picture, image, tokens, prompt, top_k, seed, notes)]
-        except Exception as error:  # of this picture alone: a shard is hours of work
-            notes.add(picture.id, reason_of(error))
+        said = str(known.at[picture.id, "said"] or "")
+        for measured in (
+            _measures(vlm, picture, image, tokens, prompt, top_k, seed, notes) if said else (),
+            poll.of(vlm, picture, image, batch_size),
+        ):
+            try:
+                rows += [{"picture": picture.id, **row} for row in measured]
+            except Exception as error:  # of this picture alone: a shard is hours of work
+                notes.add(picture.id, reason_of(error))
     return {"properties": table("properties", rows), "problems": table("problems", notes.rows)}
 
 
@@ -213,7 +225,8 @@ def _of_the_picture(
 ) -> Iterator[dict[str, Any]]:
     """What needs to know where in the stream the picture is."""
     assert case.trace.image is not None
-    mask, k, (width, height) = picture.mask(case.lemma), len(top), case.trace.image.size
+    name = picture.name_at(case.trace.text, case.noun.span[1])
+    mask, k, (width, height) = picture.mask(name) if name else None, len(top), case.trace.image.size
     if mask is not None and mask.shape != (height, width):
         notes.add(
             picture.id, "its mask is of another size than the picture, as where EXIF turns it: its heatmap is not judged", "note"
@@ -257,6 +270,33 @@ def _causal(vlm: VLM, case: Case, row: Row, unit: float, seed: int, notes: Notes
             with mmn.perturb(vlm, neurons, sigma * unit, seed=seed):
                 drop = base.logp[0, case.noun.step] - properties.reread(vlm, case.trace).logp[0, case.noun.step]
             yield row("causal effect", f"drop of log p, noise of sigma {sigma:g}", name, 20, float(drop))
+
+
+class _Poll:
+    """POPE on the pictures of a run: the questions for each, and the picture of which they are asked as a control, the next one."""
+
+    def __init__(self, every: Sequence[Picture], seed: int):
+        known = [picture for picture in every if picture.objects]
+        asked = questions([picture.objects or () for picture in known], seed=seed)
+        self.asked = {picture.id: each for picture, each in zip(known, asked, strict=True)}
+        self.other = {picture.id: known[(number + 1) % len(known)] for number, picture in enumerate(known)}
+
+    def of(self, vlm: VLM, picture: Picture, image: Image.Image, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The answers for a picture, two rows a form and question. There is no control where no other picture can be opened."""
+        asked = self.asked.get(picture.id)
+        if not asked:
+            return
+        seen = {"found": image}
+        if len(self.asked) > 1:
+            with suppress(MmnError):  # which is told where its own turn comes
+                seen["another picture"] = self.other[picture.id].open()
+        for control, each in seen.items():
+            yes = answers(vlm, [each] * len(asked), [question.name for question in asked], batch_size)
+            for form, name, there, said in judged(asked, yes):
+                values = (name, "hallucination", f"POPE, {form}: right answers", control, 0, float(said == there))
+                yield dict(zip(COLUMNS["properties"][1:], values, strict=True))
+                values = (name, "hallucination", f"POPE, {form}: answers yes", control, 0, float(said))
+                yield dict(zip(COLUMNS["properties"][1:], values, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------- edits
@@ -341,7 +381,7 @@ def summary(tables: Tables, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     control, `pictures` how many there were.
 
     Specificity is counted here, from the rankings: the share of top neurons that two pictures of one noun have in common, beside that of
-    two pictures of different nouns; and, where it is known what is true of a picture, CHAIR_i: the share of nouns said that are not."""
+    two pictures of different nouns; and, where it is known what is true of a picture, CHAIR: see `_chair`."""
     rows = []
     frame = pd.concat(
         [tables["properties"], specificity(tables["rankings"], seed), _edited(tables["edits"]), _chair(tables["captions"])]
@@ -397,10 +437,20 @@ def _edited(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chair(captions: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `properties`: CHAIR_i, CHAIR_s and recall of the captions of pictures of which it is known what they show, an object that a
+    caption names twice counted once; as a control, of the same captions against what another picture shows, the next one by name."""
+    known = captions.fillna("").query("named != '' or shown != ''").sort_values("picture")
+    named, shown = ([set(filter(None, str(each).split("|"))) for each in known[column]] for column in ("named", "shown"))
     rows = []
-    for row in captions.fillna("").itertuples():
-        for noun in str(row.said).split("|") if row.said and row.shown else ():
-            wrong = noun not in str(row.shown).split("|")
-            values = (row.picture, noun, "hallucination", "CHAIR_i, nouns said that are not there", "found", 0, float(wrong))
-            rows.append(dict(zip(COLUMNS["properties"], values, strict=True)))
-    return table("properties", rows)
+    for number, picture in enumerate(known["picture"]):
+        said = named[number]
+        for control, true in {"found": shown[number], "another picture": shown[(number + 1) % len(shown)]}.items():
+            if control != "found" and len(shown) == 1:
+                continue
+            for measure, values in {
+                "CHAIR_i, objects named that are not there": [(name, float(name not in true)) for name in sorted(said)],
+                "CHAIR_s, captions that name such an object": [("", float(bool(said - true)))],
+                "recall, objects there that are named": [(name, float(name in said)) for name in sorted(true)],
+            }.items():
+                rows += [(picture, name, "hallucination", measure, control, 0, value) for name, value in values]
+    return pd.DataFrame(rows, columns=COLUMNS["properties"])

@@ -70,7 +70,7 @@ def measure(vlm: VLM, batch: int = 2) -> dict[str, float]:
     with torch.no_grad():
         properties.reread(vlm, trace)  # warms up
         run("pass", lambda: [properties.reread(vlm, trace) for _ in range(PASSES)], PASSES)
-    run("properties", lambda: found.update(stages.properties_of(vlm, pictures[:1], said)))
+    run("properties", lambda: found.update(stages.properties_of(vlm, pictures[:1], said, every=[])))
     if len(found["problems"]):
         raise MmnError(f"The properties of a noun cannot be measured here: {found['problems']['problem'].iloc[0]}")
     source, neurons = trace.nouns[0].lemma, mmn.rank(vlm, trace, k=20)[trace.nouns[0].lemma].neurons

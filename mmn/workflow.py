@@ -281,13 +281,14 @@ def _probe(out: Path, settings: dict[str, Any], model: str, machine: dict[str, A
     subprocess.run([sys.executable, "-c", "import mmn.stages"], check=True)
     vlm = pieces.load(settings, model, machine["device_map"])
     begin = time.perf_counter() - begun
-    opened = stages.opened(pieces.pictures_of(out, settings), stages.Notes("rankings"))
+    every = pieces.pictures_of(out, settings)
+    opened = stages.opened(every, stages.Notes("rankings"))
     pictures = [picture for picture, _ in itertools.islice(opened, 2)]
     if not pictures:
         raise MmnError("none of its pictures can be opened")
     started = time.perf_counter()
     ranked = stages.rankings(vlm, pictures, top_k=settings["top_k"], prompt=settings["prompt"])
     between = time.perf_counter()
-    stages.properties_of(vlm, pictures, ranked["captions"], top_k=settings["top_k"], prompt=settings["prompt"])
+    stages.properties_of(vlm, pictures, ranked["captions"], every=every, top_k=settings["top_k"], prompt=settings["prompt"])
     ended = time.perf_counter()
     return {"rankings": (between - started) / len(pictures), "properties": (ended - between) / len(pictures), "begin": begin}

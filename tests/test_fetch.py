@@ -369,14 +369,25 @@ def test_coco_gives_objects_captions_and_real_masks(tmp_path):
         json.dumps({"images": [image], "annotations": [polygon, rle], "categories": cats})
     )
     (tmp_path / "annotations" / "captions_val2017.json").write_text(
-        json.dumps({"images": [image], "annotations": [{"id": 5, "image_id": 7, "caption": "A dog."}]})
+        json.dumps({"images": [image], "annotations": [{"id": 5, "image_id": 7, "caption": "A dog with a frisbee."}]})
     )
     (picture,) = sources.load(f"coco:{tmp_path}")
-    assert picture.objects == ("dog", "person") and picture.captions == ("A dog.",) and picture.open().size == (20, 10)
+    assert (
+        picture.objects == ("dog", "person") and picture.captions == ("A dog with a frisbee.",) and picture.open().size == (20, 10)
+    )
     dog, person = picture.mask("dog"), picture.mask("person")
     assert dog.shape == (10, 20) and dog[5, 7] and not dog[0, 0] and 50 <= dog.sum() <= 77
     assert person.sum() == 5 and person[3:8, 0].all()
     assert picture.mask("cat") is None
+    assert picture.true == ["dog", "person", "frisbee"], "what people name is true, too"
+    assert picture.named("Puppies and a man by fire hydrants.") == ["dog", "person", "fire hydrant"]
+    assert picture.name_at("two fire hydrants", 17) == "fire hydrant" and picture.name_at("two fire hydrants", 8) is None
+    (tmp_path / "annotations" / "synonyms.txt").write_text("dog, dingo\nperson, ranger\n")
+    assert sources.load(f"coco:{tmp_path}")[0].named("A ranger, a puppy, two dingos") == ["person", "dog"]
+    (tmp_path / "annotations" / "synonyms.txt").write_text("dog, dingo")
+    with pytest.raises(MmnError, match="synonyms.txt names fewer than two categories"):
+        sources.load(f"coco:{tmp_path}")
+    (tmp_path / "annotations" / "synonyms.txt").unlink()
     (tmp_path / "annotations" / "captions_val2017.json").write_text("[")
     with pytest.raises(MmnError, match="COCO's annotations val2017 in .* are damaged"):
         sources.load(f"coco:{tmp_path}")

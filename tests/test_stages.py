@@ -1,7 +1,5 @@
 """The pieces of the replication report: each figure against arithmetic on the weights, a hand-made table, or the truth of the scenes."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,28 +7,20 @@ import tiny
 import torch
 
 import mmn
-from mmn import scenes, stages
+from mmn import pope, scenes, stages
 from mmn.errors import MmnError
+from mmn.nouns import scene_nouns
+from mmn.sources import Picture
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A picture as mmn.sources gives them; None for a broken one."""
-
-    id: str
-    scene: scenes.Scene | None
-
+class Broken(Picture):
     def open(self):
-        if self.scene is None:
-            raise MmnError(f"{self.id} is damaged: get the picture again.")
-        return self.scene.image
+        raise MmnError(f"{self.id} is damaged: get the picture again.")
 
-    @property
-    def objects(self):
-        return self.scene.names if self.scene else ()
 
-    def mask(self, noun):
-        return self.scene.mask(noun) if self.scene and noun in self.scene.names else None
+def shown(name: str, scene: scenes.Scene) -> Picture:
+    """As mmn.sources gives them."""
+    return Picture(name, scene=scene, objects=scene.names, lexicon=scene_nouns)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +31,9 @@ def vlm():
 @pytest.fixture(scope="module")
 def pictures():
     kinds = (["dog"], ["cat"], ["dog", "car"])
-    return [Shown(f"p{n}", scenes.draw(n, style="noto", concepts=kinds[n % 3])) for n in range(12)] + [Shown("broken", None)]
+    return [shown(f"p{n}", scenes.draw(n, style="noto", concepts=kinds[n % 3])) for n in range(12)] + [
+        Broken("broken", objects=("cat",))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +74,33 @@ def test_properties_are_those_of_the_models_own_captions(vlm, pictures, ranked):
     assert measure.set_index("k").at[20, "value"] == pytest.approx(before - after, abs=1e-3)
     ious = found[found["measure"] == "IoU of the heatmap"].groupby("neurons")["value"].mean()
     assert ious["found"] > ious["random"]
+
+
+def test_pope_is_asked_of_every_picture_and_of_the_next_one(vlm, pictures, ranked):
+    """Against one question at a time, on the shard of two pictures and on those of all."""
+    found = stages.properties_of(vlm, pictures[1:3], ranked["captions"], every=pictures, top_k=5)["properties"]
+    rows = found[found["measure"] == "POPE, popular: answers yes"]
+    asked = pope.questions([p.objects for p in pictures])  # the broken one is among those that are frequent
+    for number in (1, 2):
+        for control, other in (("found", number), ("another picture", number + 1)):
+            mine = rows[rows["picture"].eq(f"p{number}") & rows["neurons"].eq(control)]
+            wanted = [q.name for q in asked[number] if q.form in ("there", "popular")]
+            assert list(mine["noun"]) == wanted
+            for noun, value in zip(mine["noun"], mine["value"], strict=True):
+                text = vlm.answer(f"Is there a {noun} in the image?", pictures[other].open(), 4)
+                assert value == text.lower().startswith("yes")
+    right = found[found["measure"] == "POPE, popular: right answers"].set_index(rows.index)["value"]
+    there = [
+        noun in {"p1": ["cat"], "p2": ["dog", "car"]}[picture] for picture, noun in zip(rows["picture"], rows["noun"], strict=True)
+    ]
+    assert list(right == 1) == list((rows["value"] == 1) == there)
+
+
+def test_where_the_next_picture_is_broken_answers_have_no_control(vlm, pictures, ranked):
+    last, broken = pictures[-2:]
+    captions = ranked["captions"].assign(said="")
+    found = stages.properties_of(vlm, [last], captions, every=[pictures[0], last, broken])
+    assert found["problems"].empty and set(found["properties"]["neurons"]) == {"found"} and len(found["properties"]) > 4
 
 
 def test_one_noun_is_edited_into_another_and_the_weights_stay(vlm, pictures, ranked):
@@ -134,7 +153,10 @@ def test_a_summary_of_tables_whose_figures_are_known():
         + [("c", "cat", 0, unit) for unit in (3, 20, 21, 22)],
         columns=["picture", "noun", "layer", "unit"],
     )
-    captions = pd.DataFrame({"picture": ["a", "b"], "said": ["dog|cat", "dog"], "shown": ["dog", "dog"]})
+    captions = pd.DataFrame(
+        [("b", "dog|grass", "dog", "dog"), ("a", "dog|cat|sky", "dog|cat", "dog|bus"), ("c", "", "", "cat"), ("d", "sky", "", "")],
+        columns=["picture", "said", "named", "shown"],
+    )
     tables = {
         "properties": pd.DataFrame(rows, columns=columns),
         "rankings": ranked,
@@ -147,7 +169,12 @@ def test_a_summary_of_tables_whose_figures_are_known():
     assert 0.5 < share["low"] < 0.55 < share["high"] < 0.6 and share["control_low"] == share["control_high"] == 0.1
     own = table.loc["overlap between pictures of one noun"]
     assert own["value"] == 0.75 and 0.08 <= own["control_value"] <= 0.17 and own["k"] == 4
-    assert table.loc["CHAIR_i, nouns said that are not there", "value"] == pytest.approx(1 / 3, abs=1e-4)
+    chair, wrong, recall = (
+        table.loc[next(each for each in table.index if each.startswith(name))] for name in ("CHAIR_i", "CHAIR_s", "rec")
+    )
+    for measure, value, control in ((chair, 1 / 3, 2 / 3), (wrong, 1 / 3, 2 / 3), (recall, 2 / 4, 1 / 4)):
+        assert measure["value"] == pytest.approx(value, abs=1e-4) and measure["control_value"] == pytest.approx(control, abs=1e-4)
+        assert measure["control"] == "another picture" and measure["pictures"] == (2 if measure is chair else 3)
 
 
 def test_specificity_pairs_every_picture_with_others_only():
@@ -171,14 +198,16 @@ def test_a_small_model_and_a_mask_of_another_size_cost_one_measure_each(pictures
     monkeypatch.setattr(stages, "KS", (5, 20, 60))
     small = tiny.llava()
 
-    class Turned(Shown):
-        def mask(self, noun):
+    class Turned(Picture):
+        def mask(self, name):
             return np.ones((3, 5), bool)
 
-    shown = [Turned("a", pictures[0].scene)]
-    captions = stages.rankings(small, shown, top_k=5)["captions"]
+    one = [Turned("a", scene=pictures[0].scene, lexicon=lambda text: [(noun.text, "thing", noun.span) for noun in said])]
+    trace = small.caption(pictures[0].open())
+    said = trace.nouns
+    captions = stages.rankings(small, one, top_k=5)["captions"]
     assert captions["said"].item()
-    found = stages.properties_of(small, shown, captions, top_k=5)
+    found = stages.properties_of(small, one, captions, top_k=5)
     zeroed = found["properties"].query("measure == 'nouns flipped, zeroed'")
     assert set(zeroed["k"]) == {5, 20} and "IoU of the heatmap" not in set(found["properties"]["measure"])
     assert {"overlap after a shuffle of the image tokens", "nouns flipped, zeroed"} <= set(found["properties"]["measure"])
