@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
+    from mmn.sources import Picture
     from mmn.vlm import VLM
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -296,6 +297,14 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
     if not found:
         raise MmnError(f"None of the {len(rows)} pictures of {images} can be opened: {rows[0][2]}")
     return found, pd.DataFrame(rows, columns=["picture", "name", "problem"])
+
+
+def known(images: str, files: pd.DataFrame) -> list[Picture]:
+    """What is known of the pictures that `opened` gave with the table `files`, in their order."""
+    from mmn import sources
+
+    every = {each.id: each for each in sources.load(images, sys.maxsize)}
+    return [every[name] for name in files.loc[files["picture"] >= 0, "name"]]
 
 
 def write(settings: Mapping[str, Any], vlm: VLM, tables: Mapping[str, pd.DataFrame | None], **more: Any) -> None:

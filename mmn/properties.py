@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,9 @@ from mmn.trace import WINDOW, Trace
 from mmn.vlm import PREFIX, VLM
 from mmn.weights import matrix
 
+if TYPE_CHECKING:
+    from mmn.sources import Picture
+
 NEAREST = 8  # neurons among which `as_wide` draws
 KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of neurons at which overlaps and effects are drawn
 
@@ -51,7 +54,7 @@ KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of neurons at which o
 class Case:
     """One noun said of one picture. picture: its number among those given. scores: every neuron's score for the noun, all layers one
     after the other, float32 `[neurons]`. scene: what is true of the picture, None for a reader's own. forced: whether the caption was
-    the true one put into the model's mouth, because its own names nothing that is there."""
+    the true one put into the model's mouth, because its own names nothing that is there. known: what else is known of a reader's own."""
 
     picture: int
     trace: Trace
@@ -60,11 +63,20 @@ class Case:
     layers: tuple[int, ...]
     scene: Scene | None = field(default=None, repr=False)
     forced: bool = False
+    known: Picture | None = field(default=None, repr=False)
 
     @property
     def lemma(self) -> str:
         """The noun, singular."""
         return self.noun.lemma
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Where the noun is in the picture, bool `[H, W]`; None where that is not known, and where it names nothing that is there."""
+        if self.scene is not None:
+            return self.scene.mask(self.lemma)
+        name = self.known.name_at(self.trace.text, self.noun.span[1]) if self.known else None
+        return self.known.mask(name) if self.known and name else None
 
     def order(self, k: int) -> np.ndarray:
         """The k neurons of highest score, best first, numbered over all layers, int `[k]`."""
@@ -75,11 +87,14 @@ class Case:
         return neurons_at(self.layers, self.order(k))
 
 
-def cases(vlm: VLM, pictures: Sequence[Image.Image | Scene], *, force: bool = False) -> list[Case]:
+def cases(
+    vlm: VLM, pictures: Sequence[Image.Image | Scene], *, force: bool = False, known: Sequence[Picture] | None = None
+) -> list[Case]:
     """Caption pictures or scenes and give every neuron its direct score for every noun.
 
-    Of a scene only nouns that it shows are kept. With `force`, a scene of which the model names nothing gets its true caption word by
-    word instead: the only way to ask an untrained model. Raises MmnError for no pictures."""
+    known: where the pictures are a reader's, what is known of each. Of a scene only nouns that it shows are kept. With `force`, a scene of
+    which the model names nothing gets its true caption word by word instead: the only way to ask an untrained model. Raises MmnError for
+    no pictures."""
     images = [each.image if isinstance(each, Scene) else each for each in pictures]
     found = []
     for number, (each, trace) in enumerate(zip(pictures, vlm.caption(images, batch_size=16), strict=True)):
@@ -92,7 +107,8 @@ def cases(vlm: VLM, pictures: Sequence[Image.Image | Scene], *, force: bool = Fa
         if nouns:
             scores = torch.cat(direct(vlm, trace, nouns), -1)
             sizes = tuple(vlm.anatomy.neurons)
-            found += [Case(number, trace, noun, row, sizes, scene, forced) for noun, row in zip(nouns, scores, strict=True)]
+            more = known[number] if known else None
+            found += [Case(number, trace, noun, row, sizes, scene, forced, more) for noun, row in zip(nouns, scores, strict=True)]
     return found
 
 

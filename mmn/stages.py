@@ -191,7 +191,7 @@ def _measures(
 ) -> Iterator[dict[str, Any]]:
     trace = properties.retrace(vlm, image, tokens, prompt)
     sizes = tuple(vlm.anatomy.neurons)
-    cases = [Case(0, trace, noun, torch.cat(mmn.contributions(vlm, trace, noun)), sizes) for noun in trace.nouns]
+    cases = [Case(0, trace, noun, torch.cat(mmn.contributions(vlm, trace, noun)), sizes, known=picture) for noun in trace.nouns]
     unit = spread(vlm)
     for case in cases:
         top = case.top(top_k)
@@ -225,8 +225,7 @@ def _of_the_picture(
 ) -> Iterator[dict[str, Any]]:
     """What needs to know where in the stream the picture is."""
     assert case.trace.image is not None
-    name = picture.name_at(case.trace.text, case.noun.span[1])
-    mask, k, (width, height) = picture.mask(name) if name else None, len(top), case.trace.image.size
+    mask, k, (width, height) = case.mask, len(top), case.trace.image.size
     if mask is not None and mask.shape != (height, width):
         notes.add(
             picture.id, "its mask is of another size than the picture, as where EXIF turns it: its heatmap is not judged", "note"
@@ -436,10 +435,25 @@ def _edited(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.rename(columns={"source": "noun"}).assign(property="editing", k=0)[list(COLUMNS["properties"])]
 
 
+def truth(vlm: VLM, pictures: Sequence[Picture], *, prompt: str = PROMPT, seed: int = 0, batch_size: int = 16) -> pd.DataFrame:
+    """CHAIR and POPE of some pictures alone, rows of the table properties: what `summary` counts, without neurons. Pictures that cannot be
+    opened are left out."""
+    notes = Notes("truth")
+    some = [(picture, image) for picture, image in opened(pictures, notes) if picture.objects is not None]
+    traces = vlm.caption([image for _, image in some], prompt, batch_size=batch_size, record=False) if some else []
+    captions = [
+        {"picture": picture.id, "named": "|".join(picture.named(trace.text)), "shown": "|".join(picture.true or ())}
+        for (picture, _), trace in zip(some, traces, strict=True)
+    ]
+    poll = _Poll([picture for picture, _ in some], seed)
+    asked = [{"picture": picture.id, **row} for picture, image in some for row in poll.of(vlm, picture, image, batch_size)]
+    return pd.concat([_chair(table("captions", captions)), table("properties", asked)], ignore_index=True)
+
+
 def _chair(captions: pd.DataFrame) -> pd.DataFrame:
     """Rows of `properties`: CHAIR_i, CHAIR_s and recall of the captions of pictures of which it is known what they show, an object that a
     caption names twice counted once; as a control, of the same captions against what another picture shows, the next one by name."""
-    known = captions.fillna("").query("named != '' or shown != ''").sort_values("picture")
+    known = captions.query("named != '' or shown != ''").sort_values("picture")
     named, shown = ([set(filter(None, str(each).split("|"))) for each in known[column]] for column in ("named", "shown"))
     rows = []
     for number, picture in enumerate(known["picture"]):

@@ -1,5 +1,6 @@
 """The pieces of the replication report: each figure against arithmetic on the weights, a hand-made table, or the truth of the scenes."""
 
+import drawn_coco
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import torch
 
 import mmn
-from mmn import pope, scenes, stages
+from mmn import pope, scenes, sources, stages
 from mmn.errors import MmnError
 from mmn.nouns import scene_nouns
 from mmn.sources import Picture
@@ -101,6 +102,28 @@ def test_where_the_next_picture_is_broken_answers_have_no_control(vlm, pictures,
     captions = ranked["captions"].assign(said="")
     found = stages.properties_of(vlm, [last], captions, every=[pictures[0], last, broken])
     assert found["problems"].empty and set(found["properties"]["neurons"]) == {"found"} and len(found["properties"]) > 4
+
+
+def test_scenes_dressed_as_coco_give_what_scenes_give(vlm, tmp_path, monkeypatch):
+    """CHAIR, POPE and IoU by the official tools' files and masks, against the world's own."""
+    monkeypatch.setattr(stages, "_causal", lambda *_: ())
+    drawn = sources.load("scenes", 3)
+    dressed = sources.load(drawn_coco.write(tmp_path, [picture.scene for picture in drawn]))
+    found = []
+    for some in (drawn, dressed):
+        tables = stages.rankings(vlm, some, top_k=5)
+        rows = stages.properties_of(vlm, some, tables["captions"], top_k=5)["properties"]
+        found.append(pd.concat([stages._chair(tables["captions"]), rows], ignore_index=True))
+        found[-1]["picture"] = found[-1]["picture"].map({picture.id: number for number, picture in enumerate(some)})
+    pd.testing.assert_frame_equal(*found)
+    measures = set(found[0]["measure"])
+    assert {"CHAIR_s, captions that name such an object", "IoU of the heatmap", "POPE, adversarial: right answers"} <= measures
+    others = [Picture("unknown", path=tmp_path / "val2017" / "000.png"), Broken("b", objects=("cat",))]
+    alone = stages.truth(vlm, [*dressed, *others])
+    assert alone["measure"].str.startswith(("CHAIR", "recall", "POPE")).all()
+    rows = found[0][found[0]["property"] == "hallucination"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone.drop(columns="picture"), rows.drop(columns="picture"), check_dtype=False)
+    assert stages.truth(vlm, []).empty
 
 
 def test_one_noun_is_edited_into_another_and_the_weights_stay(vlm, pictures, ranked):
