@@ -20,6 +20,7 @@ from mmn.metrics import Interval
 KEY = "mmn_claims"  # of an output's metadata
 VERDICTS = ("holds", "at the bar", "in part", "misses the bar", "not shown", "the reverse")
 CONTRASTS = {"seed": "plain runs of the recipe", "end-to-end": "end to end", "untrained": "untrained"}
+OPEN = "open"  # of other models: no table has the figure
 SHIPPED = "shipped"  # the label of the shipped model's figure on the pictures of the plain runs
 
 
@@ -27,7 +28,8 @@ SHIPPED = "shipped"  # the label of the shipped model's figure on the pictures o
 class Claim:
     """One row. claim: a sentence. source: who makes it (`abstract` of Pan et al., `others`, `ours`). measure: what was measured, with its
     unit; more must be better. found, control: the figure and what chance or another choice of neurons gives; None where there is no
-    control. bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label."""
+    control. bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label.
+    control_name, bar_name: what they are, where it is not plain."""
 
     claim: str
     measure: str
@@ -36,6 +38,8 @@ class Claim:
     bar: float | None = None
     source: str = "abstract"
     contrasts: Mapping[str, float] = field(default_factory=dict)
+    control_name: str = ""
+    bar_name: str = ""
 
     @property
     def verdict(self) -> str:
@@ -71,14 +75,14 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
             "claim": row.claim,
             "measure": row.measure,
             "found": _text(row.found),
-            "control": _text(row.control) if row.control else "",
-            "bar": "" if row.bar is None else f"{row.bar:.2f}",
+            "control": f"{_text(row.control)}{_named(row.control_name)}" if row.control else "",
+            "bar": "" if row.bar is None else f"{_two(row.bar)}{_named(row.bar_name)}",
             "verdict": row.verdict,
         }
         for start, title in CONTRASTS.items():
             line[title] = _spread([value for label, value in row.contrasts.items() if label.startswith(start)])
         if SHIPPED in row.contrasts:
-            line[CONTRASTS["seed"]] += f"; shipped there {row.contrasts[SHIPPED]:.2f}"
+            line[CONTRASTS["seed"]] += f"; shipped there {_two(row.contrasts[SHIPPED])}"
         out.append(line)
     return pd.DataFrame(out)
 
@@ -89,6 +93,7 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
     lines = []
     for row in rows:
         line = {"claim": row.claim, "source": row.source, "measure": row.measure, **row.found._asdict()}
+        line |= {"control": row.control_name}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
         line |= {"bar": none.value if row.bar is None else row.bar, "verdict": row.verdict}
         line[SHIPPED] = row.contrasts.get(SHIPPED, none.value)
@@ -100,25 +105,35 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def _two(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+
+
+def _named(name: str) -> str:
+    return f" ({name})" * bool(name)
+
+
 def _text(value: Interval) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return f"{_two(value.value)} [{_two(value.low)},\u00a0{_two(value.high)}]"
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
-        return "open"
-    return f"{values[0]:.2f}" if len(values) == 1 else f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        return OPEN
+    mean, least, most = (_two(each) for each in (float(np.mean(values)), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Rows of `frame` as a Markdown table that fits a page: measure, figure, control and bar in one cell; with a column `source`, whose
-    claim it is."""
-    titles = ["claim", *(["whose"] if "source" in table else []), "figure", "verdict", *CONTRASTS.values()]
+    """Rows of `frame` as a Markdown table that fits a page: figure, measure, control and bar in one cell; with a column `source`, whose
+    claim it is; without the columns of other models of which no row has a figure."""
+    others = [title for title in CONTRASTS.values() if table[title].ne(OPEN).any()]
+    titles = ["claim", *(["whose"] if "source" in table else []), "measured", "verdict", *others]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in table.rename(columns={"source": "whose"}).to_dict("records"):
-        against = f", against {row['control']}" if row["control"] else ""
+        control = f"; control {row['control']}" if row["control"] else ""
         bar = f"; bar {row['bar']}" if row["bar"] else ""
-        row |= {"figure": f"{row['measure']}: {row['found']}{against}{bar}", "verdict": f"**{row['verdict']}**"}
+        row |= {"measured": f"{row['found']} ({row['measure']}){control}{bar}", "verdict": f"**{row['verdict']}**"}
         lines.append(f"| {' | '.join(row[title].replace('|', '/') for title in titles)} |")
     return "\n".join(lines) + "\n"
 

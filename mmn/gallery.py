@@ -257,15 +257,15 @@ def reads_as(vlm: VLM, neuron: Neuron, word: str, k: int = 10) -> str:
 
 def ious(vlm: VLM, cases: Sequence[Case], ks: Sequence[int], most: int = 100, draws: int = 20, seed: int = 0) -> pd.DataFrame:
     """IoU of the mean heatmap of the top k neurons with the object, as many of the hottest pixels as the object has; one row a case, a k
-    and a choice of neurons. Cases without a mask are left out, and those whose picture EXIF turns and its mask not.
+    and a choice of neurons. Cases without a mask are left out.
 
     Choices: found; random, the mean over `draws` draws of same-layer neurons, any but those k themselves, for k up to `most` as long as
     each layer has so many others. Columns: picture, noun, neurons, k, iou, and positive: how many neurons have a positive score for the
     noun."""
     rows = []
     for number, case in enumerate(cases):
-        mask, image = case.mask, case.trace.image
-        if mask is None or not mask.any() or image is None or mask.shape != image.size[::-1]:
+        mask = case.mask
+        if mask is None or not mask.any():
             continue
         order = case.top(max(ks))
         asked = [("found", k, order[:k]) for k in ks]

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} [{self.low:.3f},\u00a0{self.high:.3f}]"  # which no line breaks
 
 
 def bootstrap(rows: Sequence | np.ndarray, statistic: Callable[[np.ndarray], float], draws: int = 1000, seed: int = 0) -> Interval:

@@ -72,11 +72,14 @@ class Case:
 
     @property
     def mask(self) -> np.ndarray | None:
-        """Where the noun is in the picture, bool `[H, W]`; None where that is not known, and where it names nothing that is there."""
+        """Where the noun is in the picture, bool `[H, W]`; None where that is not known, where it names nothing that is there, and where
+        the mask is of another size, as for a picture that EXIF turns."""
         if self.scene is not None:
             return self.scene.mask(self.lemma)
         name = self.known.name_at(self.trace.text, self.noun.span[1]) if self.known else None
-        return self.known.mask(name) if self.known and name else None
+        mask = self.known.mask(name) if self.known and name else None
+        fits = mask is not None and self.trace.image is not None and mask.shape == self.trace.image.size[::-1]
+        return mask if fits else None
 
     def order(self, k: int) -> np.ndarray:
         """The k neurons of highest score, best first, numbered over all layers, int `[k]`."""

@@ -224,9 +224,9 @@ def _of_the_picture(
     notes: Notes,
 ) -> Iterator[dict[str, Any]]:
     """What needs to know where in the stream the picture is."""
-    assert case.trace.image is not None
-    mask, k, (width, height) = case.mask, len(top), case.trace.image.size
-    if mask is not None and mask.shape != (height, width):
+    mask, k = case.mask, len(top)
+    name = picture.name_at(case.trace.text, case.noun.span[1])
+    if mask is None and name and picture.mask(name) is not None:
         notes.add(
             picture.id, "its mask is of another size than the picture, as where EXIF turns it: its heatmap is not judged", "note"
         )

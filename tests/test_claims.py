@@ -93,7 +93,11 @@ def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
 
 
 def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
-    rows = [Claim("a | b", "m", interval(1), interval(0.5), 0.9), Claim("c", "m", interval(0.1), bar=1.0, source="ours")]
+    named = {"control_name": "other words", "bar_name": "ours"}
+    rows = [
+        Claim("a | b", "m", interval(1), interval(0.5), 0.9, contrasts={"seed-1": 0.004, "seed-2": -0.001}, **named),
+        Claim("c", "m", interval(0.1), bar=1.0, source="ours"),
+    ]
     chapter(tmp_path, "04_a.ipynb", rows[:1])
     chapter(tmp_path, "05_b.ipynb", rows[1:])
     text = claims.page(tmp_path)
@@ -102,7 +106,11 @@ def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
         "Of this project's own and other authors' claims, 1: 1 *misses the bar*."
     )
     assert text.index("notebooks/04_a") < text.index("a / b") < text.index("notebooks/05_b") < text.index("| c |")
-    assert "| a / b | abstract | m: 1.00 [0.90, 1.10], against 0.50 [0.40, 0.60]; bar 0.90 | **holds** |" in text
+    assert (
+        "| claim | whose | measured | verdict | plain runs of the recipe |\n|---|---|---|---|---|\n"
+        "| a / b | abstract | 1.00 [0.90,\u00a01.10] (m); control 0.50 [0.40,\u00a00.60] (other words); bar 0.90 (ours) | **holds** | 0.00 |"
+    ) in text
+    assert "| claim | whose | measured | verdict |\n" in text, "no other model has a figure here"
 
 
 @pytest.mark.skipif(not (BOOK / "_claims.md").exists(), reason="there is no book beside the tests")
