@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
             said = {"command": f"mmn bench --study{where} --dtype {args.dtype}", "machine": machine, "dtype": args.dtype}
             put(args.out / "study.json", json.dumps(said, indent=1) + "\n")
             put(args.out / "study.csv", table.to_csv(index=False, float_format="%.5g"))
-        print(study_costs.shown(table).to_string())
+        print(study_costs.shown(table).round(2).to_string())
         return 0
     figures = bench(load(args.model, device_map=args.device_map, dtype=args.dtype), args.pictures, args.repeats)
     table = costs.costs(args.shapes, device, args.dtype, args.repeats)

@@ -372,7 +372,7 @@ def page(folder: Path) -> str:
         )
         lines += [f"**{what}**,{unit}:", "", "| " + " | ".join(part.columns) + " |", "|" + "---|" * len(part.columns)]
         lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in part.itertuples(index=False)] + [""]
-    where = f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, {record['dtype']}"
+    where = f"{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}, {record['dtype']}"
     share = {
         name: f"{record[f'{name}_overhead']:.1%} [{low:.1%}, {high:.1%}]"
         for name in ("record", "rank")

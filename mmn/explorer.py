@@ -160,9 +160,10 @@ def draw_probabilities(change: Change, ax: Axes) -> None:
     }
     rows = range(len(change.probabilities))
     for place, (column, look) in enumerate(looks.items()):
-        ax.barh([row + 0.27 * (place - 1) for row in rows], change.probabilities[column], 0.25, **look)  # type: ignore[arg-type]
+        bars = ax.barh([row + 0.27 * (place - 1) for row in rows], change.probabilities[column], 0.25, **look)  # type: ignore[arg-type]
+        ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)  # so that a bar of nothing is seen to be one
     names = [plots.label(name) for name in change.probabilities.index]
-    ax.set(yticks=list(rows), yticklabels=names, xlim=(0, 1), xlabel="probability of the word")
+    ax.set(yticks=list(rows), yticklabels=names, xlim=(0, 1.12), xlabel="probability of the word")
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -192,7 +193,7 @@ def still(explorer: Explorer) -> Figure:
     axes["list"].set_axis_off()
     lines = "\n".join(plots.label(line) for line in lines_of(table.head(10)))
     axes["list"].set_title(plots.label(f"the neurons of “{word.text}”: contribution, and what they write"), fontsize=9)
-    axes["list"].text(0, 1, lines, va="top", family="monospace", fontsize=7)
+    axes["list"].text(0, 1, lines, va="top", family="monospace", fontsize=9)
     plots.caption_change(explorer.trace.text, change.caption, axes["caption"], ("as it is", "× 0"))
     return figure
 

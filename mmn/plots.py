@@ -205,7 +205,8 @@ def curves(
 ) -> Axes:
     """One line with its interval for each name: `table` is indexed by (name, x) and has the columns value, low, high.
 
-    log: x in powers of ten. dashed: a word for the legend where all lines are a second set, drawn dashed in the first one's colours.
+    log: x on a logarithmic scale, with a tick at each value.
+    dashed: a word for the legend where all lines are a second set, drawn dashed in the first one's colours.
     Raises MmnError for more than five names."""
     ax = _axes(ax, 6.5, 3.6)
     names = list(dict.fromkeys(table.index.get_level_values(0)))
@@ -219,6 +220,9 @@ def curves(
             ax.fill_between(part.index, part["low"], part["high"], color=colour, alpha=0.18, lw=0)
     if log:
         ax.set_xscale("log")
+        ticks = sorted({*table.index.get_level_values(1)})
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)

@@ -120,7 +120,12 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
                 f"{name}: GiB": getattr(row, f"{name}_mib") / 1024,
             }
         lines[row.size] = line
-    return pd.DataFrame(lines).round(2)
+    return pd.DataFrame(lines)
+
+
+def told(value: float) -> str:
+    """A figure of the tables of this module as the page has it: three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def parameters(shape: costs.Shape) -> int:
@@ -141,10 +146,10 @@ def whole_run(
         on_card = work / row.pass_seconds * 2 * weights * row.positions / compute
         captions = pictures * (2 * weights * row.positions / compute + TOKENS * 2 * weights / reads / batch)
         lines[row.size] = {
-            "hours here": (work + pictures * row.captions_seconds) / 3600,
+            "hours": (work + pictures * row.captions_seconds) / 3600,
             "of which edits": steps * row.step_seconds / 3600,
-            "hours on a card": (on_card + captions) / 3600,
+            "hours, estimated for a card": (on_card + captions) / 3600,
             "weights in half precision, GB": 2 * weights / 1e9,
             "tables, MB": pictures * nouns * row.bytes / 1e6,
         }
-    return pd.DataFrame(lines).round(1)
+    return pd.DataFrame(lines)

@@ -65,15 +65,20 @@ def test_every_further_layer_costs_what_the_second_did(small: None, tmp_path, ca
     assert shown.loc["step: passes", "7B"] == pytest.approx(last["step_seconds"] / last["pass_seconds"], abs=0.01)
 
 
+def test_figures_have_three_digits_or_more() -> None:
+    assert [study_costs.told(value) for value in (0.0415, 3.14159, 12.25, 99.94, 642.0, 2567.1)] == [
+        "0.04", "3.14", "12.2", "99.9", "642", "2,567"]  # fmt: skip
+
+
 def test_a_whole_run_is_the_sum_of_its_parts() -> None:
     row = {"size": "7B", **costs.SEVEN._asdict(), "captions_seconds": 10.0, "pass_seconds": 2.0, "properties_seconds": 40.0}
     row |= {"step_seconds": 6.0, "bytes": 5000.0, "positions": 600.0}
     found = study_costs.whole_run(pd.DataFrame([row]), pictures=90, nouns=2, edits=1)["7B"]
     steps = 2 * 50 * 2 * stages.FIT
     assert found["of which edits"] == pytest.approx(steps * 6 / 3600, abs=0.05)
-    assert found["hours here"] == pytest.approx((90 * 2 * 40 + steps * 6 + 90 * 10) / 3600, abs=0.05)
+    assert found["hours"] == pytest.approx((90 * 2 * 40 + steps * 6 + 90 * 10) / 3600, abs=0.05)
     assert found["tables, MB"] == 0.9
     weights = study_costs.parameters(costs.SEVEN)
     passes = (90 * 2 * 40 + steps * 6) / 2 + 90
     on_card = passes * 2 * weights * 600 / 150e12 + 90 * 50 * 2 * weights / 1.5e12 / 16
-    assert found["hours on a card"] == pytest.approx(on_card / 3600, abs=0.05)
+    assert found["hours, estimated for a card"] == pytest.approx(on_card / 3600, abs=0.05)
