@@ -435,8 +435,10 @@ def _ranked(
     # Each layer's best are picked where its scores are: a GPU gives back k of them and not hundreds of thousands.
     best = [layer.topk(min(k, layer.shape[-1]), -1) for layer in scores]
     starts = np.cumsum([0, *vlm.anatomy.neurons]).tolist()
-    values, order = torch.cat([each.values.cpu() for each in best], -1).topk(k, -1)
-    places = torch.cat([each.indices.cpu() + start for each, start in zip(best, starts, strict=False)], -1).gather(-1, order)
+    device = best[0].values.device  # one wait for it, and not one a layer
+    values, order = torch.cat([each.values.to(device) for each in best], -1).cpu().topk(k, -1)
+    every = [each.indices.to(device) + start for each, start in zip(best, starts, strict=False)]
+    places = torch.cat(every, -1).cpu().gather(-1, order)
     active = activations.gather(-1, places)
     found = []
     for row, noun in enumerate(nouns):

@@ -177,7 +177,8 @@ class Recorder:
             torch.accelerator.synchronize(self._device)  # copies that are still on their way
 
     def _see(self, layer: int, seen: Tensor) -> None:
-        self._now[layer] = seen[:, -1].detach().clone()  # a view would keep every position
+        last = seen[:, -1].detach()
+        self._now[layer] = last if seen.shape[1] == 1 else last.clone()  # a view would keep every position
 
     def _end_step(self, stream: Tensor) -> None:
         # One copy a step and not one a layer, which goes on beside the computing into memory that a GPU reaches by itself.
