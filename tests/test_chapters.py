@@ -3,9 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -130,6 +134,22 @@ def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, ca
         assert [p.name for p in (book / "results" / "04_small").iterdir()] == ["04_small.failed.ipynb"]
     assert cli.main([*words, "offset=-7"]) == 0  # and the next run takes that away
     assert "04_small.failed.ipynb" not in [p.name for p in (book / "results" / "04_small").iterdir()]
+
+
+def test_sigterm_stops_a_chapter_as_ctrl_c_does(book):
+    """As a cluster and `timeout` send it: to the command alone, not to the chapter's own process."""
+    out = book / "results"
+    command = [sys.executable, "-m", "mmn.cli", "run", str(book / "notebooks" / "04_small.ipynb"), "-p", "share=2"]
+    with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) as run:
+        waited = time.monotonic()
+        while not any("running" in part.read_text() for part in out.glob("*/.*.part.ipynb")) and time.monotonic() - waited < 60:
+            time.sleep(0.02)
+        kernels = psutil.Process(run.pid).children()
+        run.terminate()
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 143 and "mmn run: interrupted; nothing was left half-written." in said
+    assert kernels and not any(each.is_running() for each in kernels)
+    assert not list(out.iterdir())
 
 
 def test_a_place_for_results_that_cannot_be_is_told_before_anything_starts(book, capsys, monkeypatch):
