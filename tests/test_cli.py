@@ -93,6 +93,7 @@ def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: p
         (["explain", "--colour", "red"], "--colour"),
         (["explain", "--seed", "-1"], "at least 0"),
         (["atlas", "--out", "a.html", "--batch", "0"], "at least 1"),
+        (["atlas", "--out", "a.html", "--images", ""], "images must not be empty: name a source of pictures, or scenes"),
         (["evaluate", "--scenes", "0"], "at least 1"),
         (["evaluate", "--card", "words.txt"], "to put the figures between"),
         (["throughput", "--batch", "0"], "at least 1"),
