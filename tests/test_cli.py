@@ -183,6 +183,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in cli.COMMANDS)
 
 
+def test_python_m_mmn_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mmn", "paint"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("mmn: ") and "paint" in done.stderr
+
+
 def test_help_does_not_wait_for_torch_and_functions_are_not_hidden_by_modules() -> None:
     code = (
         "import sys, mmn, mmn.cli; parser = mmn.cli._parser(''); assert not {'torch', 'pandas'} & sys.modules.keys(); "
