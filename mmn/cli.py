@@ -7,6 +7,7 @@ on standard error and exit code 2; Ctrl-C is exit code 130, SIGTERM 143; in all 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import json
@@ -85,6 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # which may be what found no space, and still has to be flushed
+        print(f"mmn {command}: nothing more can be written ({error.strerror}): free some space.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stopped:
         print(f"mmn {command}: interrupted; nothing was left half-written.", file=sys.stderr)
         return 143 if isinstance(stopped, Terminated) else 130

@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from test_paths import no_file_beyond
 
 import mmn
 from mmn import nouns, pieces, scenes, sources, stages, workflow
@@ -384,6 +385,13 @@ def test_a_run_that_was_killed_while_it_began_goes_on(tmp_path):
         workflow.kept(out, settings | {"seed": 5})
     workflow.kept(out, settings)
     assert (out / "pictures.csv").read_bytes() == pinned
+
+
+def test_on_a_full_disk_no_record_says_that_the_tables_are_there(tmp_path):
+    tables = {"captions": pd.DataFrame({"picture": ["1.png"]}), "rankings": pd.DataFrame({"picture": ["1.png"] * 1000})}
+    with no_file_beyond(1000), pytest.raises(MmnError, match=r"rankings.csv could not be written \(File too large\): free some"):
+        pieces.write(tmp_path, tables, {"settings": {}})
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["captions.csv"]
 
 
 def test_a_broken_picture_may_have_any_name(tmp_path):
