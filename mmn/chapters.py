@@ -393,7 +393,8 @@ def _run_through(path: Path, values: Mapping[str, Any], folder: Path, progress: 
             ) from None
         raise MmnError(f"{path.stem} stopped: {error.ename}: {error.evalue}") from None
     except BaseException:
-        part.unlink(missing_ok=True)
+        for left in folder.rglob(".*.part*"):  # also what the chapter's process wrote when a scheduler stopped it as well
+            left.unlink(missing_ok=True)
         raise
     os.replace(part, done)
     return done
