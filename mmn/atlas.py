@@ -286,7 +286,8 @@ def run(args: argparse.Namespace) -> int:
     from mmn import sources, stages
 
     notes = stages.Notes("atlas")
-    pictures = [picture for picture, _ in stages.opened(sources.load(args.images, args.count, args.seed), notes)]
+    listed = sources.load(sources.absolute(args.images), args.count, args.seed)
+    pictures = [picture for picture, _ in stages.opened(listed, notes)]
     for row in notes.rows:
         print(f"left out: {row['problem']}", file=sys.stderr)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,17 +52,17 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
             return vlm.generate(inputs, [image], [PROMPT], [PREFIX], max_new_tokens, record=True)
 
         if index % 2:
-            without, _ = _seconds(plain)
-            with_, (trace,) = _seconds(recorded)
+            without, _ = costs.timed(plain, vlm.device)
+            with_, (trace,) = costs.timed(recorded, vlm.device)
         else:
-            with_, (trace,) = _seconds(recorded)
-            without, _ = _seconds(plain)
-        ranking, found = _seconds(partial(rank, vlm, trace))
+            with_, (trace,) = costs.timed(recorded, vlm.device)
+            without, _ = costs.timed(plain, vlm.device)
+        ranking, found = costs.timed(partial(rank, vlm, trace), vlm.device)
         ratios = []
         if len(trace.tokens):
             token = Noun("", "", int(trace.tokens[-1]), len(trace.tokens) - 1, (0, 0))
-            direct, _ = _seconds(partial(contributions, vlm, trace, token))
-            gradient, _ = _seconds(partial(contributions, vlm, trace, token, "gradient"))
+            direct, _ = costs.timed(partial(contributions, vlm, trace, token), vlm.device)
+            gradient, _ = costs.timed(partial(contributions, vlm, trace, token, "gradient"), vlm.device)
             ratios.append(gradient / direct)
         if index:  # the first run warms up
             rows.append((with_ / without - 1, ranking / with_, without, with_, ranking, len(trace.tokens), len(found)))
@@ -77,19 +75,6 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
     return figures | {
         "pairs": len(rows), "threads": torch.get_num_threads(), "device": str(vlm.device), "model": vlm.name, "model_hash": vlm.hash
     }  # fmt: skip
-
-
-def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    _wait()
-    start = time.perf_counter()
-    result = work()
-    _wait()
-    return time.perf_counter() - start, result
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def atlas_memory(shape: costs.Shape, pictures: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:

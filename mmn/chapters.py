@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 CELL_SECONDS = 3600  # after which a cell is given up
+PIXELS = 1_500_000  # of a picture in memory at most, 4.5 MB; LLaVA-1.5 sees 336 x 336 of them, LLaVA-NeXT at most 672 x 672
 MODELS = ("model", "clip", "bert")  # parameters that name a checkpoint
 RANGES = dict.fromkeys(("pictures", "top_k", "sample", "live"), (1, 10**6)) | {"concepts": (3, 10**6), "seed": (0, 2**32 - 1)}
 NEEDED = ("model", "target", "harmless")  # texts that must not be empty
@@ -283,19 +284,27 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
 
     found: list[Image.Image] = []
     rows = []
+    smaller = 0
     if dead := len(sources.dead(images)):
         print(f"{dead} addresses of the list were dead: see its manifest.csv")
     for each in sources.load(images, sys.maxsize):
         if len(found) == count:
             break
         try:
-            found.append(each.open())
-            rows.append((len(found) - 1, each.id, ""))
+            image = each.open()
         except MmnError as error:
             print(f"left out: {error}")
             rows.append((-1, each.id, str(error)))
+            continue
+        if (shrink := (PIXELS / (image.width * image.height)) ** 0.5) < 1:
+            image.thumbnail((image.width * shrink, image.height * shrink))
+            smaller += 1
+        found.append(image)
+        rows.append((len(found) - 1, each.id, ""))
     if not found:
         raise MmnError(f"None of the {len(rows)} pictures of {images} can be opened: {rows[0][2]}")
+    if smaller:
+        print(f"{smaller} of {len(found)} pictures were made smaller, to {PIXELS / 1e6:g} million pixels at most")
     return found, pd.DataFrame(rows, columns=["picture", "name", "problem"])
 
 
@@ -393,7 +402,8 @@ def _run_through(path: Path, values: Mapping[str, Any], folder: Path, progress: 
             ) from None
         raise MmnError(f"{path.stem} stopped: {error.ename}: {error.evalue}") from None
     except BaseException:
-        part.unlink(missing_ok=True)
+        for left in folder.rglob(".*.part*"):  # also what the chapter's process wrote when a scheduler stopped it as well
+            left.unlink(missing_ok=True)
         raise
     os.replace(part, done)
     return done

@@ -1,18 +1,20 @@
 """The command line: `mmn explain PICTURE` does the job of the book's tour; the other commands are fronts of their modules.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`, imported when it is called for. Bad input is one sentence
-on standard error and exit code 2; Ctrl-C is exit code 130; in both cases nothing half-written stays behind.
+on standard error and exit code 2; Ctrl-C is exit code 130, SIGTERM 143; in all cases nothing half-written stays behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,10 +62,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message[:1].upper()}{message[1:].rstrip('.')}; see {self.prog} --help.\n")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which clusters, `timeout` and a shutdown ask: whatever cleans up after Ctrl-C cleans up after it."""
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0 when it did its job, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; the exit code is 0 when it did its job, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), "")
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         args = _parser(command).parse_args(words)
         code = int(args.run(args))
@@ -75,9 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
         return 1
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # which may be what found no space, and still has to be flushed
+        print(f"mmn {command}: nothing more can be written ({error.strerror}): free some space.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
         print(f"mmn {command}: interrupted; nothing was left half-written.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -179,6 +179,15 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return now() - start
 
 
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of the wall's clock that a run takes, and what it gives."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = work()
+    synchronise(device)
+    return time.perf_counter() - start, result
+
+
 def peak(work: Callable[[], Any], device: torch.device) -> float:
     """MiB of tensors that a run holds at its peak above those held before, as torch's allocator counts them: the same in equal runs.
 

@@ -220,7 +220,8 @@ def slopes(moment: Moment, steps: int = 0) -> list[Tensor]:
     """Activation times gradient of log p, for each layer float32 `[neurons]`: at the activations themselves, or averaged over `steps`
     points on the way to them. What stands before the moment is not read again."""
     points = (torch.arange(steps) + 0.5) / steps if steps else torch.ones(1)
-    leaves: dict[int, Tensor] = {}
+    # A layer that the pass leaves out, as Mllama does without a picture, has activations of 0, and a gradient of 0.
+    leaves = [torch.zeros(1, 1, count, requires_grad=True) for count in moment.layers]
 
     def put(layer: int) -> Any:
         def watch(seen: Tensor) -> Tensor:
@@ -232,10 +233,9 @@ def slopes(moment: Moment, steps: int = 0) -> list[Tensor]:
 
         return watch
 
-    layers = range(len(moment.layers))
-    logits = moment.logits(len(points), [(layer, put(layer)) for layer in layers], grad=True)
+    logits = moment.logits(len(points), [(layer, put(layer)) for layer in range(len(leaves))], grad=True)
     log_p = logits.log_softmax(-1)[:, moment.token].sum()
-    gradients = torch.autograd.grad(log_p, [leaves[layer] for layer in layers], materialize_grads=True, allow_unused=True)
+    gradients = torch.autograd.grad(log_p, leaves, materialize_grads=True, allow_unused=True)
     return [a * g[:, -1].float().mean(0).cpu() for a, g in zip(moment.activations, gradients, strict=True)]
 
 

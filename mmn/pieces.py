@@ -315,6 +315,6 @@ def _missing(out: Path, model: str, stage: str, suffix: str) -> dict[str, str]:
 
 def write(out: Path, tables: dict[str, pd.DataFrame], record: dict[str, Any]) -> None:
     """Write the tables of a run. Raises MmnError where they cannot be written."""
-    put(out / "tables" / "tables.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     for name, frame in tables.items():
         put(out / "tables" / f"{name}.csv", csv(frame))
+    put(out / "tables" / "tables.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # last: it says that all are there

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +49,7 @@ def throughput(
             if number <= RELEASE:
                 works.append(("release", lambda images=images: _plain(vlm, images[:1], max_new_tokens, False)))  # type: ignore[misc]
         for name, work in works[:: -1 if number % 2 else 1]:
-            seconds = _seconds(work)
+            seconds, _ = costs.timed(work, vlm.device)
             if number:  # the first batch, which comes again, warms up
                 times[name].append(seconds / (1 if name == "release" else batch_size))
         if number * 10 // len(starts) > len(peaks) - 1:
@@ -74,16 +73,6 @@ def _plain(vlm: VLM, images: list[Image.Image], limit: int, cache: bool) -> obje
     inputs = vlm.inputs(images, [PROMPT] * len(images), [PREFIX] * len(images))
     with quiet(), torch.no_grad():
         return vlm.model.generate(**inputs, generation_config=vlm.generation(limit), use_cache=cache)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _peak() -> float:

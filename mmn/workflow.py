@@ -203,14 +203,11 @@ def _snakemake(out: Path, machine: dict[str, Any], args: argparse.Namespace, mor
         jobs = machine["jobs"]
         command += ["--cores", str(jobs * machine["cpus"]), "--resources", f"gpu={max(1, machine['gpus']) * jobs}"]
     child = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a scheduler or a shutdown asks: like Ctrl-C
     try:
         return child.wait()
     except KeyboardInterrupt:
         _stopped(child)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _stopped(child: subprocess.Popen[bytes]) -> None:

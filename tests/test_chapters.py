@@ -3,11 +3,18 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import nbformat
+import numpy as np
 import pandas as pd
+import psutil
 import pytest
+import tiny
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 import mmn
 from mmn import chapters, claims, cli, metrics, scenes
@@ -132,6 +139,23 @@ def test_a_chapter_that_stops_leaves_its_sentence_and_no_whole_notebook(book, ca
     assert "04_small.failed.ipynb" not in [p.name for p in (book / "results" / "04_small").iterdir()]
 
 
+def test_sigterm_stops_a_chapter_as_ctrl_c_does(book):
+    """As `timeout` sends it to the command alone, or a cluster also to the chapter's own process, which was writing."""
+    out = book / "results"
+    command = [sys.executable, "-m", "mmn.cli", "run", str(book / "notebooks" / "04_small.ipynb"), "-p", "share=2"]
+    with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) as run:
+        waited = time.monotonic()
+        while not any("running" in part.read_text() for part in out.glob("*/.*.part.ipynb")) and time.monotonic() - waited < 60:
+            time.sleep(0.02)
+        kernels = psutil.Process(run.pid).children()
+        (out / "04_small" / ".table.csv.7.part").write_text("half")
+        run.terminate()
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 143 and "mmn run: interrupted; nothing was left half-written." in said
+    assert kernels and not any(each.is_running() for each in kernels)
+    assert not list(out.iterdir())
+
+
 def test_a_place_for_results_that_cannot_be_is_told_before_anything_starts(book, capsys, monkeypatch):
     monkeypatch.setattr(chapters, "checked", lambda *_: pytest.fail("too late"))
     (book / "file").write_text("")
@@ -243,6 +267,23 @@ def test_pictures_that_cannot_be_opened_are_left_out_and_told(tmp_path, capsys):
         (tmp_path / f"{number}.png").write_bytes(b"")
     with pytest.raises(MmnError, match="None of the 4 pictures"):
         chapters.opened(str(tmp_path), 9)
+
+
+def test_photographs_are_kept_smaller_and_small_pictures_as_they_are(tmp_path, capsys):
+    sizes = {"a.png": (2000, 1500), "b.png": (6000, 300), "c.png": (1500, 1000), "d.png": (40, 30)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        tiny.pictures(1, seed, (40, 30))[0].resize(size).save(tmp_path / name)
+    found = dict(zip(sizes, chapters.opened(str(tmp_path), 4)[0], strict=True))
+    for name in ("a.png", "b.png"):  # near the bound, and of the same shape
+        image, (width, height) = found[name], sizes[name]
+        assert 0.99 * 1_500_000 < image.width * image.height <= 1_500_000
+        assert image.width / image.height == pytest.approx(width / height, rel=0.01)
+        small = mmn.open_image(tmp_path / name).resize((40, 30), Image.Resampling.BOX)
+        off = np.abs(np.asarray(image.resize((40, 30), Image.Resampling.BOX), float) - np.asarray(small, float))
+        assert off.mean() < 2, "of 255: the same picture"
+    for name in ("c.png", "d.png"):
+        assert found[name].tobytes() == mmn.open_image(tmp_path / name).tobytes()
+    assert capsys.readouterr().out == "2 of 4 pictures were made smaller, to 1.5 million pixels at most\n"
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: p
         (["explain", "--colour", "red"], "--colour"),
         (["explain", "--seed", "-1"], "at least 0"),
         (["atlas", "--out", "a.html", "--batch", "0"], "at least 1"),
+        (["atlas", "--out", "a.html", "--images", ""], "images must not be empty: name a source of pictures, or scenes"),
         (["evaluate", "--scenes", "0"], "at least 1"),
         (["evaluate", "--card", "words.txt"], "to put the figures between"),
         (["throughput", "--batch", "0"], "at least 1"),
@@ -143,18 +144,33 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_where_what_is_said_finds_no_space_it_is_a_sentence() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mmn.cli", "list"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "mmn list: nothing more can be written (No space left on device): free some space.\n"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_leave_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "mmn.cli", "explain", "--out", "deep/out"],
         cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child is born deaf to it
     )
     waited = time.monotonic()
     while not any(tmp_path.glob("deep/.out.*.part")) and time.monotonic() - waited < 60:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == code
+    assert said[-1] == "mmn explain: interrupted; nothing was left half-written."
     assert not list(tmp_path.iterdir())
 
 
@@ -175,6 +191,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave.value.code == 0
     said = capsys.readouterr().out
     assert all(name in said for name in cli.COMMANDS)
+
+
+def test_python_m_mmn_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mmn", "paint"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("mmn: ") and "paint" in done.stderr
 
 
 def test_help_does_not_wait_for_torch_and_functions_are_not_hidden_by_modules() -> None:

@@ -109,6 +109,20 @@ def test_integrated_gradients_add_up_to_what_all_neurons_do(case) -> None:
     assert float(scores.sum()) == pytest.approx(float(log_p[0] - log_p[1]), abs=0.02 * float((log_p[0] - log_p[1]).abs()) + 1e-3)
 
 
+def test_a_layer_that_a_pass_leaves_out_has_a_slope_of_0_and_the_others_theirs() -> None:
+    """Mllama asked in words alone: the layer that would read the picture does not run."""
+    vlm = real.vlm("mllama")
+    trace = vlm.caption(None, "hello", "", 4)
+    moment = oracle.Moment(vlm, trace, Noun("x", "x", int(trace.tokens[2]), 2, (0, 1)))
+    fired = [bool(each.any()) for each in moment.activations]
+    assert fired.count(False) == 1
+    for steps in (0, 64):
+        found = oracle.slopes(moment, steps)
+        assert [len(each) for each in found] == vlm.anatomy.neurons and [bool(each.any()) for each in found] == fired
+    log_p = moment.measures(moment.without(torch.ones(2, vlm.anatomy.total) * torch.tensor([[1.0], [0.0]])))[:, 0]
+    assert float(torch.cat(found).sum()) == pytest.approx(float(log_p[0] - log_p[1]), rel=0.02)
+
+
 def test_everywhere_is_the_package_s_zero(case) -> None:
     vlm, trace, noun = case
     neurons = [mmn.Neuron(0, 3), mmn.Neuron(1, 7), mmn.Neuron(2, 20)]

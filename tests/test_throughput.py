@@ -17,11 +17,11 @@ def test_pictures_a_second_are_pictures_by_seconds(monkeypatch):
     clock = {True: 1.6, False: 0.5}
     ours = iter((9.0, 2.0, 1.6, 3.2))  # the first warms up
 
-    def seconds(work):
+    def timed(work, device):
         work()
-        return next(ours) if worked[-1][0] == "ours" else clock[worked[-1][0]]
+        return next(ours) if worked[-1][0] == "ours" else clock[worked[-1][0]], None
 
-    monkeypatch.setattr(throughput, "_seconds", seconds)
+    monkeypatch.setattr(costs, "timed", timed)
     found = throughput.throughput(tiny.llava(), pictures=12, batch_size=4)
     assert found["ours"] == 2 and found["plain"] == 2.5 and found["release"] == 2 and found["share"] == pytest.approx(0.8)
     assert found["share_interval"] == pytest.approx((0.5, 1.0)), "of .8, 1 and .5, drawn again"
