@@ -331,7 +331,7 @@ def write(settings: Mapping[str, Any], vlm: VLM, tables: Mapping[str, pd.DataFra
             plain = table.index.name is None and pd.api.types.is_integer_dtype(table.index)
             flat = table if plain else table.rename_axis(index=[each or "row" for each in table.index.names]).reset_index()
             if names and table is not files and "picture" in flat:
-                flat = flat.assign(picture=flat["picture"].map(names))
+                flat = flat.assign(picture=[names.get(each, each) for each in flat["picture"]])
             some[name] = flat
             put(out / f"{name}.csv", csv(flat))
     units = {}

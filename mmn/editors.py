@@ -421,7 +421,7 @@ MEASURES = {
     "rest": "share of fresh captions that said the source (all of the above but the fitted) and are now the same but for it, word by word",
     "rest_content": "share of them that name the objects wanted, the target among them, each with its article and as often, "
     "and the same place, however they are joined",
-    "rest_unedited": "control of `rest`: share of them that the unedited model goes on with as before once the target is in its mouth",
+    "rest_unedited": "control of rest: share of them that the unedited model goes on with as before once the target is in its mouth",
     "image_top1": "pictures without the source: share of steps whose likeliest token stays, the unedited caption being read",
     "image_top10": "the same, with the ten likeliest tokens in order",
     "captions_kept": "pictures without the source: share of captions that stay to the letter",

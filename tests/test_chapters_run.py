@@ -7,11 +7,13 @@ import json
 import os
 from pathlib import Path
 
+import drawn_coco
 import pandas as pd
 import pytest
 import real
 
-from mmn import chapters, scenes
+import mmn
+from mmn import chapters, gallery, properties, scenes, sources, stages
 from mmn.errors import MmnError
 
 pytestmark = [
@@ -64,3 +66,21 @@ def test_it_runs_through_or_says_why_not(name: str, family: str, source: str, fo
         if "images" in values:
             table = pd.read_csv(tmp_path / name / "pictures.csv", keep_default_na=False)
             assert "is damaged" in table.set_index("name")["problem"]["1b.png"] and table["problem"].ne("").sum() == 1
+
+
+@pytest.mark.parametrize("name", ["03_seeing", "08_hallucination"])
+def test_what_coco_knows_of_its_pictures_is_measured(name: str, tmp_path: Path) -> None:
+    """On scenes dressed as COCO: heatmaps against the masks of its official tools, CHAIR and POPE against its objects."""
+    some = list(scenes.sample(4, first=8 * 10**6 + 500))
+    source = drawn_coco.write(tmp_path / "coco", some)
+    chapters.execute(chapters.chapter(name), {"images": source, "pictures": 4}, tmp_path, progress=False)
+    vlm = mmn.load("tiny-llava")
+    if name == "03_seeing":
+        rows = pd.read_csv(tmp_path / name / "located.csv", dtype={"picture": str}).query("neurons == 'found'")
+        wanted = gallery.ious(vlm, properties.cases(vlm, some), sorted(set(rows["k"])), draws=1).query("neurons == 'found'")
+        wanted = wanted.assign(picture=[f"{number:03d}.png" for number in wanted["picture"]])[list(rows)]
+    else:
+        rows = pd.read_csv(tmp_path / name / "truth.csv", keep_default_na=False)
+        wanted = stages.truth(vlm, sources.load(source))
+    assert len(rows) > 20
+    pd.testing.assert_frame_equal(rows.reset_index(drop=True), wanted.reset_index(drop=True), check_dtype=False, rtol=1e-4)
