@@ -74,8 +74,8 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
         line = {
             "claim": row.claim,
             "measure": row.measure,
-            "found": _text(row.found),
-            "control": f"{_text(row.control)}{_named(row.control_name)}" if row.control else "",
+            "found": f"{row.found:.2f}",
+            "control": f"{row.control:.2f}{_named(row.control_name)}" if row.control else "",
             "bar": "" if row.bar is None else f"{_two(row.bar)}{_named(row.bar_name)}",
             "verdict": row.verdict,
         }
@@ -106,15 +106,11 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _two(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+    return f"{value:z.2f}".replace("-", "−")
 
 
 def _named(name: str) -> str:
     return f" ({name})" * bool(name)
-
-
-def _text(value: Interval) -> str:
-    return f"{_two(value.value)} [{_two(value.low)},\u00a0{_two(value.high)}]"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -22,7 +22,12 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f},\u00a0{self.high:.3f}]"  # which no line breaks
+        return f"{self:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """`0.72 [0.70, 0.75]` for the spec `.2f`: no line breaks it, no zero is negative, and minus is a minus."""
+        value, low, high = (format(each, "z" + (spec or ".3f")).replace("-", "−") for each in self)
+        return f"{value} [{low},\u00a0{high}]"
 
 
 def bootstrap(rows: Sequence | np.ndarray, statistic: Callable[[np.ndarray], float], draws: int = 1000, seed: int = 0) -> Interval:

@@ -811,6 +811,12 @@ def summary(frame: pd.DataFrame, groups: Sequence[str], value: str, draws: int =
     return pd.DataFrame(rows.values(), index=index, columns=["value", "low", "high", "pictures"])
 
 
+def told(table: pd.DataFrame, spec: str = ".2f") -> pd.Series:
+    """The columns value, low and high of a table, as of `summary`, as text: one cell a row, each number as `spec` says."""
+    rows = table[["value", "low", "high"]].to_numpy(float)
+    return pd.Series([format(Interval(*row), spec) for row in rows], table.index, dtype=object)
+
+
 def against(frame: pd.DataFrame, value: str, found: str = "found", draws: int = 5000, seed: int = 0) -> pd.DataFrame:
     """Each other kind of neurons against those found, pair by pair of one picture: mean difference with its interval, and the p of a
     sign-flip test over pictures, corrected for the number of comparisons (Benjamini and Hochberg 1995).

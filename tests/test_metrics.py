@@ -52,6 +52,10 @@ def test_the_bootstrap_covers_the_truth_and_resamples_rows():
         hits += interval.low <= 2 <= interval.high
     assert 49 <= hits <= 60
     same = metrics.bootstrap(np.full((10, 2), 3.0), metrics.ratio)
+    assert (
+        f"{metrics.Interval(-0.0004, -1.5, 0.25):.2f}" == "0.00 [\u22121.50,\u00a00.25]"
+        and f"{same:.0%}" == "100% [100%,\u00a0100%]"
+    )
     assert same == (1, 1, 1) and str(same) == "1.000 [1.000,\u00a01.000]"
     with pytest.raises(MmnError):
         metrics.bootstrap([], metrics.mean)

@@ -418,6 +418,8 @@ def test_intervals_resample_pictures():
     assert mean.value == pytest.approx(1.5) and (mean.low, mean.high) == (1, 3)  # two pictures: three, one or none of each
     table = properties.summary(frame, ["neurons"], "drop")
     assert table["value"].tolist() == [1.5] and table["pictures"].tolist() == [2]  # one has no value
+    table = properties.summary(frame.assign(kind="all"), ["kind"], "drop", draws=1000)
+    assert properties.told(table, ".4f").to_dict() == {("all",): f"{mean:.4f}"}
     ratio = properties.clustered(pd.DataFrame({"picture": [0, 1], "kept": [1, 3], "others": [2, 3]}), "kept", "others")
     assert ratio.value == pytest.approx(4 / 5)
 
