@@ -1,8 +1,9 @@
 """POPE (Li et al. 2023, arXiv 2305.10355): is there a ... in the image? Its questions for pictures of which it is known what they show.
 
-As its authors' code asks (github.com/AoiDragon/POPE), but for four things: objects that are there are drawn by chance and not taken in the
+As its authors' code asks (github.com/AoiDragon/POPE), but for five things: objects that are there are drawn by chance and not taken in the
 order of the annotations; they are asked for once, and not anew for each form of the others; a picture of fewer objects is asked for fewer,
-and not left out; and the article stands for itself (replacing every `a` of the sentence by `an`, as the code does, asks of an `imange`)."""
+and not left out; the article stands for itself (replacing every `a` of the sentence by `an`, as the code does, asks of an `imange`); and an
+answer is a yes where it begins with one, not where its first sentence holds no `no` or `not`."""
 
 from __future__ import annotations
 
