@@ -152,7 +152,8 @@ def test_sigterm_stops_a_chapter_as_ctrl_c_does(book):
         run.terminate()
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 143 and "mmn run: interrupted; nothing was left half-written." in said
-    assert kernels and not any(each.is_running() for each in kernels)
+    # One that nobody has waited for, as in a container whose first process does not, is over all the same.
+    assert kernels and not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in kernels)
     assert not list(out.iterdir())
 
 
