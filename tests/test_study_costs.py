@@ -35,7 +35,7 @@ def test_the_measured_stages_are_whole() -> None:
     row = study_costs.measure(vlm)
     (picture,) = load("scenes", 1)
     ranked = stages.rankings(vlm, [picture])
-    more = stages.properties_of(vlm, [picture], ranked["captions"])["properties"]
+    more = stages.properties_of(vlm, [picture], ranked["captions"], every=[])["properties"]
     assert set(more["property"]) == {"sensitivity", "causal effect"} and ranked["rankings"]["place"].tolist() == list(range(1, 11))
     assert row["bytes"] == sum(len(t.to_csv(index=False)) for t in (ranked["captions"], ranked["rankings"], more))
     assert row["positions"] == 9 + len(vlm.tokenizer(vlm.chat(vlm.prompt, "An image of"))["input_ids"]) - 1 + 49
