@@ -438,8 +438,7 @@ def _edited(frame: pd.DataFrame) -> pd.DataFrame:
 def truth(vlm: VLM, pictures: Sequence[Picture], *, prompt: str = PROMPT, seed: int = 0, batch_size: int = 16) -> pd.DataFrame:
     """CHAIR and POPE of some pictures alone, rows of the table properties: what `summary` counts, without neurons. Pictures that cannot be
     opened are left out."""
-    notes = Notes("truth")
-    some = [(picture, image) for picture, image in opened(pictures, notes) if picture.objects is not None]
+    some = list(opened([picture for picture in pictures if picture.objects is not None], Notes("truth")))
     traces = vlm.caption([image for _, image in some], prompt, batch_size=batch_size, record=False) if some else []
     captions = [
         {"picture": picture.id, "named": "|".join(picture.named(trace.text)), "shown": "|".join(picture.true or ())}
