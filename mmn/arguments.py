@@ -1,9 +1,10 @@
-"""Numbers of the command line that are refused, in one sentence, before anything slow begins."""
+"""Words of the command line that are refused, in one sentence, before anything slow begins."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -19,3 +20,10 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return whole
+
+
+def a_path(text: str) -> Path:
+    """The `type` of an argument that is a path: not nothing, as `"$UNSET"` gives, which pathlib takes for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is wanted, not nothing: leave the option out, or give one")
+    return Path(text)

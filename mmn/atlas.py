@@ -30,7 +30,7 @@ from torch import Tensor
 import mmn
 from mmn import gallery, properties, scenes
 from mmn.anatomy import image_grid
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import hooked
@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=at_least(1), default=4, help="pictures at once (default: %(default)s)")
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="file of the page, *.html")
+    parser.add_argument("--out", type=a_path, required=True, help="file of the page, *.html")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 
 from mmn import atlas, costs, metrics, scenes, sources, study_costs
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
@@ -97,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="only what `mmn replicate` costs, on random layers of LLaVA-1.5's shapes")  # fmt: skip
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the table there, as bench.csv or study.csv, with a JSON")
+    parser.add_argument("--out", type=a_path, metavar="FOLDER", help="keep the table there, as bench.csv or study.csv, with a JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

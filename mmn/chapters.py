@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import alone, put, whole
 from mmn.pieces import PACKAGES, about, commit, csv
@@ -464,7 +465,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="short for -p model=MODEL")
     parser.add_argument("--images", help="short for -p images=FOLDER")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder; the chapter as it was run and its tables go to OUT/CHAPTER"
+        "--out", type=a_path, required=True, help="folder; the chapter as it was run and its tables go to OUT/CHAPTER"
     )
     parser.add_argument("--cell-seconds", type=int, default=CELL_SECONDS, help="time that a cell may take (default: %(default)s)")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,11 +25,18 @@ OPEN = "open"  # of other models: no table has the figure
 SHIPPED = "shipped"  # the label of the shipped model's figure on the pictures of the plain runs
 
 
+class Contrast(NamedTuple):
+    """The figure of another model, and its control's there, where its table holds that."""
+
+    found: float
+    control: float | None = None
+
+
 @dataclass(frozen=True)
 class Claim:
     """One row. claim: a sentence. source: who makes it (`abstract` of Pan et al., `others`, `ours`). measure: what was measured, with its
     unit; more must be better. found, control: the figure and what chance or another choice of neurons gives; None where there is no
-    control. bar: what the figure must reach besides, set by this project. contrasts: the same figure on other models, by label.
+    control. bar: what the figure must reach besides, set by this project. contrasts: figure and control on other models, by label.
     control_name, bar_name: what they are, where it is not plain."""
 
     claim: str
@@ -37,7 +45,7 @@ class Claim:
     control: Interval | None = None
     bar: float | None = None
     source: str = "abstract"
-    contrasts: Mapping[str, float] = field(default_factory=dict)
+    contrasts: Mapping[str, Contrast] = field(default_factory=dict)
     control_name: str = ""
     bar_name: str = ""
 
@@ -55,16 +63,22 @@ class Claim:
         return "misses the bar" if self.control is None else "in part"
 
 
-def contrasts(name: str, statistic: Callable[[pd.DataFrame], float], folder: Path | None = None) -> dict[str, float]:
-    """`statistic` of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...), and under
-    SHIPPED that of the shipped model on the keys that the plain runs' tables hold; none of which it is nan: models that do not say what
-    would be counted."""
+def contrasts(
+    name: str,
+    found: Callable[[pd.DataFrame], float],
+    control: Callable[[pd.DataFrame], float] | None = None,
+    folder: Path | None = None,
+) -> dict[str, Contrast]:
+    """Two figures of the slow table `name` for each other model under whose label it is stored (`seed-1`, `end-to-end`, ...), and under
+    SHIPPED those of the shipped model on the keys that the plain runs' tables hold; none where `found` is nan: models that do not say
+    what would be counted."""
     every = {label: tables.read(name, label=label, folder=folder) for label in tables.labels(name, folder)}
     plain = [set(frame["key"]) for label, frame in every.items() if label.startswith("seed")]
     if plain and "" in every:
         every[SHIPPED] = every[""][every[""]["key"].isin(set.intersection(*plain))]
-    found = {label: float(statistic(frame)) for label, frame in every.items() if label}
-    return {label: value for label, value in found.items() if not np.isnan(value)}
+    every.pop("", None)
+    pairs = {label: [float(of(frame)) for of in (found, control) if of] for label, frame in every.items()}
+    return {label: Contrast(*(v for v in pair if not np.isnan(v))) for label, pair in pairs.items() if not np.isnan(pair[0])}
 
 
 def frame(rows: Sequence[Claim]) -> pd.DataFrame:
@@ -80,15 +94,16 @@ def frame(rows: Sequence[Claim]) -> pd.DataFrame:
             "verdict": row.verdict,
         }
         for start, title in CONTRASTS.items():
-            line[title] = _spread([value for label, value in row.contrasts.items() if label.startswith(start)])
+            line[title] = _spread(_of(row, start)) or OPEN
         if SHIPPED in row.contrasts:
-            line[CONTRASTS["seed"]] += f"; shipped there {_two(row.contrasts[SHIPPED])}"
+            line[CONTRASTS["seed"]] += f"; shipped there {_spread(_of(row, SHIPPED))}"
         out.append(line)
     return pd.DataFrame(out)
 
 
 def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
-    """The rows with every number in a column of its own, for a file; of the other models mean, least and most by kind (CONTRASTS)."""
+    """The rows with every number in a column of its own, for a file; of the other models mean, least and most by kind
+    (CONTRASTS), and the controls' mean."""
     none = Interval(float("nan"), float("nan"), float("nan"))
     lines = []
     for row in rows:
@@ -96,11 +111,11 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
         line |= {"control": row.control_name}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
         line |= {"bar": none.value if row.bar is None else row.bar, "verdict": row.verdict}
-        line[SHIPPED] = row.contrasts.get(SHIPPED, none.value)
+        line[SHIPPED], line[f"{SHIPPED}_control"] = row.contrasts.get(SHIPPED, Contrast(none.value))
         for start in CONTRASTS:
-            some = [value for label, value in row.contrasts.items() if label.startswith(start)]
-            spread = (float(np.mean(some)), min(some), max(some)) if some else (none.value,) * 3
-            line |= {f"{start}_{name}": value for name, value in zip(("mean", "least", "most"), spread, strict=True)}
+            some = pd.DataFrame(_of(row, start), columns=Contrast._fields, dtype=float)
+            found = {"mean": some["found"].mean(), "least": some["found"].min(), "most": some["found"].max()}
+            line |= {f"{start}_{name}": value for name, value in (found | {"control": some["control"].mean()}).items()}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -113,9 +128,17 @@ def _named(name: str) -> str:
     return f" ({name})" * bool(name)
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return OPEN
+def _of(row: Claim, kind: str) -> list[Contrast]:
+    return [pair for label, pair in row.contrasts.items() if label.startswith(kind)]
+
+
+def _spread(pairs: Sequence[Contrast]) -> str:
+    """Mean (least to most) of the figures and, where there are any, of the controls."""
+    columns = [[value for value in column if value is not None] for column in zip(*pairs, strict=True)]
+    return " against ".join(_range(values) for values in columns if values)
+
+
+def _range(values: Sequence[float]) -> str:
     mean, least, most = (_two(each) for each in (float(np.mean(values)), min(values), max(values)))
     return mean if least == most else f"{mean} ({least} to {most})"
 
@@ -191,4 +214,5 @@ def collect(folder: Path) -> pd.DataFrame:
 
 def _claim(row: dict) -> Claim:
     intervals = {name: Interval(*row[name]) for name in ("found", "control") if row[name]}
-    return Claim(**{**row, **intervals})
+    others = {label: Contrast(*pair) for label, pair in row["contrasts"].items()}
+    return Claim(**{**row, **intervals, "contrasts": others})

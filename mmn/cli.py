@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import whole
@@ -118,19 +118,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mmn explain`."""
-    parser.add_argument("picture", nargs="?", default="", metavar="PICTURE", help="a picture file; without one, a synthetic scene")
+    parser.add_argument("picture", nargs="?", metavar="PICTURE", help="a picture file; without one, a synthetic scene")
     parser.add_argument("--noun", action="append", help="a noun of the caption, may be repeated (default: all of them)")
     parser.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
     parser.add_argument("--top-k", type=at_least(1), default=10, help="neurons per noun (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="which synthetic scene (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: out/<name of the picture>)")
+    parser.add_argument("--out", type=a_path, help="folder for the results (default: out/<name of the picture>)")
     parser.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")
     parser.add_argument("--dtype", default="float32", help="e.g. bfloat16 (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Caption a picture and write caption, ranking and figures; raises MmnError for bad input."""
-    out = args.out or Path("out") / (Path(args.picture).stem or f"scene-{args.seed}")
+    out = args.out or Path("out") / (Path(args.picture or "").stem or f"scene-{args.seed}")
     with replaced(out) as folder, tqdm(total=5, desc="loading", unit="step", disable=None) as bar:
 
         def step(name: str) -> None:
@@ -154,8 +154,9 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
     import pandas as pd
 
     import mmn
+    from mmn import scenes
 
-    image = read_picture(args.picture, args.seed)
+    image = scenes.draw(args.seed).image if args.picture is None else mmn.open_image(args.picture)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
     step("captioning")
     trace = vlm.caption(image)
@@ -177,7 +178,7 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
     step("writing")
     record = {
         "caption": trace.text,
-        "picture": Path(args.picture).name or f"synthetic scene {args.seed}",
+        "picture": Path(args.picture or "").name or f"synthetic scene {args.seed}",
         "prompt": mmn.PROMPT,
         "prefix": mmn.PREFIX,
         "model": vlm.name,
@@ -193,14 +194,6 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
     ranking = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
     ranking.assign(tokens=[" | ".join(t) for t in ranking["tokens"]]).to_csv(folder / "ranking.csv", index=False)
     return record
-
-
-def read_picture(picture: str, seed: int) -> Image.Image:
-    """The picture in a file, or a synthetic scene if `picture` is empty."""
-    import mmn
-    from mmn import scenes
-
-    return mmn.open_image(picture) if picture else scenes.draw(seed).image
 
 
 def tabulate(vlm: mmn.VLM, noun: str, ranking: mmn.NeuronRanking) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import put
 
@@ -238,12 +239,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = commands.add_parser("slides", help="write each chapter as slides (reveal.js)")
     show.add_argument("--reveal", default=REVEAL, help="address of a folder of reveal.js (default: %(default)s)")
     for command in (make, show):
-        command.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+        command.add_argument("--out", type=a_path, required=True, help="folder to write; must not exist, or be empty")
         command.add_argument("--only", nargs="+", metavar="NAME", help="these notebooks only, e.g. 00_tour assignment")
     grade = commands.add_parser("grade", help="run what students handed in, which executes their code, and count points")
-    grade.add_argument("submissions", nargs="+", type=Path, metavar="NOTEBOOK")
+    grade.add_argument("submissions", nargs="+", type=a_path, metavar="NOTEBOOK")
     grade.add_argument("--source", default="assignment", help="what they were made from (default: %(default)s)")
-    grade.add_argument("--json", type=Path, metavar="FILE", help="write points and what every check said")
+    grade.add_argument("--json", type=a_path, metavar="FILE", help="write points and what every check said")
 
 
 def run(args: argparse.Namespace) -> int:

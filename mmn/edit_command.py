@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.errors import MmnError
 from mmn.paths import whole
 
@@ -24,23 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = commands.add_parser("fit", help="find an edit and write it to a file")
     fit.add_argument("source", help="the noun to be replaced")
     fit.add_argument("target", nargs="?", default="", help="the noun in its place (default: leave the source out)")
-    fit.add_argument("--pictures", type=Path, help="folder of pictures that show the source (default: synthetic scenes)")
-    fit.add_argument("--keep", type=Path, help="folder of pictures whose captions shall stay (default: synthetic scenes)")
+    fit.add_argument("--pictures", type=a_path, help="folder of pictures that show the source (default: synthetic scenes)")
+    fit.add_argument("--keep", type=a_path, help="folder of pictures whose captions shall stay (default: synthetic scenes)")
     fit.add_argument("--count", type=at_least(1), default=12, help="pictures of each kind at most (default: %(default)s)")
     fit.add_argument("--top-k", type=at_least(1), help="neurons to change (default: 20, of the better edit 40)")
     fit.add_argument("--way", choices=("gradient", "closed", "better"), default="gradient", help="default: %(default)s")
     fit.add_argument("--seed", type=at_least(0), default=0, help="of synthetic scenes (default: %(default)s)")
-    fit.add_argument("--out", type=Path, required=True, help="file of the edit, *.safetensors")
+    fit.add_argument("--out", type=a_path, required=True, help="file of the edit, *.safetensors")
     show = commands.add_parser("show", help="print what an edit's file holds; needs no model")
-    show.add_argument("edits", nargs="+", type=Path, metavar="EDIT")
+    show.add_argument("edits", nargs="+", type=a_path, metavar="EDIT")
     show.add_argument("--json", action="store_true", help="print JSON")
     apply = commands.add_parser("apply", help="caption a picture without and with edits")
-    apply.add_argument("edits", nargs="+", type=Path, metavar="EDIT")
+    apply.add_argument("edits", nargs="+", type=a_path, metavar="EDIT")
     apply.add_argument("--picture", required=True, help="a picture file; a number draws that synthetic scene")
     apply.add_argument("--how", choices=("auto", "weights", "hook"), default="auto", help="default: %(default)s")
     merge = commands.add_parser("merge", help="write a whole checkpoint with the edits in its weights")
-    merge.add_argument("edits", nargs="+", type=Path, metavar="EDIT")
-    merge.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint; must not exist")
+    merge.add_argument("edits", nargs="+", type=a_path, metavar="EDIT")
+    merge.add_argument("--out", type=a_path, required=True, help="folder of the new checkpoint; must not exist")
     for command in (fit, apply, merge):
         command.add_argument("--model", default="tiny-llava", help="a folder or a Hugging Face name (default: %(default)s)")
         command.add_argument("--device-map", help="where the weights go, e.g. auto or cuda (default: the CPU)")

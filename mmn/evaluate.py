@@ -22,7 +22,7 @@ import torch
 
 import mmn
 from mmn import metrics, properties, scenes
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.metrics import Interval
@@ -246,8 +246,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=at_least(1), default=32)
     parser.add_argument("--device", help="cpu or cuda; the default is the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--card", type=Path, help="also write the table into this model card, between its marks")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--card", type=a_path, help="also write the table into this model card, between its marks")
+    parser.add_argument("--out", type=a_path, help="also write the JSON to this file")
 
 
 def run(args: argparse.Namespace) -> int:

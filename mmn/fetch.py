@@ -34,7 +34,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import numpy as np
 import pandas as pd
 
-from mmn.arguments import at_least
+from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.images import MAX_PIXELS, open_image
@@ -334,8 +334,8 @@ def split(pictures: int) -> dict[str, list[int]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn fetch`."""
     parser.add_argument("what", choices=("sbu",))
-    parser.add_argument("list", type=Path, help="sbu-captions-all.json, as published")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures and of manifest.csv")
+    parser.add_argument("list", type=a_path, help="sbu-captions-all.json, as published")
+    parser.add_argument("--out", type=a_path, required=True, help="folder of the pictures and of manifest.csv")
     parser.add_argument("--count", type=at_least(1), default=TRAIN + VALID + TEST, help="pictures wanted (default: %(default)s)")
     parser.add_argument("--workers", type=at_least(1), default=16, help="addresses asked at once (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="that one picture may take (default: %(default)s)")

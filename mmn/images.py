@@ -30,6 +30,8 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
     if not isinstance(path, str | PathLike):
         raise MmnError(f"A picture is opened by the name of its file, not by {type(path).__name__}.")
     text = readable(path)
+    if not text:
+        raise MmnError("The name of the picture's file is empty: give one.")
     if text.startswith(("http://", "https://")):
         raise MmnError(f"{text} is an address, not a file: download the picture and give the file's name.")
     file, name = Path(path), readable(Path(path).name)

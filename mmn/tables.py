@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mmn.arguments import a_path
 from mmn.bars import tqdm
 from mmn.errors import MmnError, whole_number
 from mmn.paths import data_path, put
@@ -196,7 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny-llava", help="shipped model or checkpoint folder")
     parser.add_argument("--label", default="", help="keep the table as another model's, e.g. seed-1")
     parser.add_argument("--first", type=int, metavar="KEYS", help="only so many keys, for a comparison of models")
-    parser.add_argument("--out", type=Path, help="folder of the tables (default: data/results)")
+    parser.add_argument("--out", type=a_path, help="folder of the tables (default: data/results)")
     parser.add_argument("--check", type=int, metavar="KEYS", help="compute this many keys again and compare, instead of writing")
     parser.add_argument("--seed", type=int, default=0, help="which keys are checked")
     parser.add_argument("--list", action="store_true", help="only say which tables there are")

@@ -48,6 +48,7 @@ from transformers import (
 )
 
 from mmn import scenes
+from mmn.arguments import a_path
 from mmn.bars import tqdm
 from mmn.errors import MmnError
 from mmn.paths import whole
@@ -656,13 +657,13 @@ def export(trainer: Trainer, out: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmn train`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
+    parser.add_argument("--out", type=a_path, required=True, help="folder of the finished checkpoint")
+    parser.add_argument("--work", type=a_path, required=True, help="folder of the resumable state")
     parser.add_argument("--recipe", choices=("llava", "end-to-end"), default="llava")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe; 0: untrained")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
-    parser.add_argument("--vision", type=Path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
+    parser.add_argument("--vision", type=a_path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
     parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")
     parser.add_argument("--workers", type=int, default=0, metavar="PROCESSES",
                         help="prepare steps ahead, for a GPU that would wait for pictures (default: %(default)s)")  # fmt: skip

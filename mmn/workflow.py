@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmn import pieces
+from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import alone, put
 from mmn.scenes import PROMPT
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands of `mmn replicate`, and their options."""
     commands = parser.add_subparsers(dest="what", metavar="run|step", required=True)
     run = commands.add_parser("run", help="run all measures on some models and pictures, or go on with a run")
-    run.add_argument("--out", type=Path, required=True, help="folder of the run")
+    run.add_argument("--out", type=a_path, required=True, help="folder of the run")
     run.add_argument(
         "--models",
         nargs="+",
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--dry-run", action="store_true", help="say what would be computed and about how long it would take")
     step = commands.add_parser("step", help="one piece of a run; Snakemake calls this")
     step.add_argument("stage", choices=tuple(pieces.FILES))
-    step.add_argument("--out", type=Path, required=True, help="folder of the run")
+    step.add_argument("--out", type=a_path, required=True, help="folder of the run")
     step.add_argument("--model", help="its name in settings.json")
     step.add_argument("--shard", type=int, help="which piece")
 

@@ -81,6 +81,10 @@ def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: p
     [
         (["explain", "missing.png"], "missing.png"),
         (["explain", "words.txt"], "words.txt"),
+        (["explain", ""], "is empty"),
+        (["explain", "https://example.com/a.jpg"], "https://example.com/a.jpg is an address"),
+        (["explain", "--out", ""], "--out: a path is wanted"),
+        (["edit", "fit", "cat", "dog", "--pictures", "", "--out", "new"], "--pictures: a path is wanted"),
         (["explain", "--top-k", "0"], "--top-k"),
         (["explain", "--top-k", "many"], "--top-k"),
         (["explain", "--top-k", "999999"], "999999"),
