@@ -177,7 +177,8 @@ def said_in(vlm: VLM, first: int, count: int) -> pd.DataFrame:
     said = hallucination.mentions(vlm, some, list(scenes.PLANTED.values()))
     encoder = OwnEncoder(vlm, [scene.image for scene in scenes.sample(16, first=8 * 10**7)])
     found = hallucination.evidence(vlm, said, voices(vlm), encoder)
-    return found.join(hallucination.loudness(vlm, said, hallucination.other_neurons(vlm, voices(vlm))))
+    others = hallucination.other_neurons(vlm, voices(vlm)) | hallucination.by_weights(vlm, voices(vlm))
+    return found.join(hallucination.loudness(vlm, said, others))
 
 
 @table(
@@ -192,6 +193,8 @@ def said_in(vlm: VLM, first: int, count: int) -> pd.DataFrame:
         "clip-like": "cosine of its embedding with the likest image token",
         **{f"random neurons, draw {n}": "as neurons, by random ones of the same layers" for n in (1, 2, 3)},
         "another noun's neurons": "as neurons, by those of another partner that are not its own",
+        "weights alone": "as neurons, by those of largest inner product with the noun's unembedding, chosen without a picture",
+        "weights alone, less those shared": "the same without the noun's own neurons",
     },
 )
 def mentions(vlm: VLM, key: int) -> list[Row]:

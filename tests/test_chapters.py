@@ -326,10 +326,12 @@ def test_tables_say_what_made_them(tmp_path):
 
 def test_claims_in_a_file_have_their_numbers_in_columns_of_their_own():
     found, control = metrics.Interval(0.9, 0.8, 1.0), metrics.Interval(0.1, 0.0, 0.2)
-    row = claims.Claim("It holds", "share", found, control, 0.5, contrasts={"seed-1": 0.6, "seed-2": 0.8})
+    others = {"seed-1": claims.Contrast(0.6, 0.1), "seed-2": claims.Contrast(0.8, 0.3), "shipped": claims.Contrast(0.7)}
+    row = claims.Claim("It holds", "share", found, control, 0.5, contrasts=others)
     table = claims.tidy([row, claims.Claim("It stands alone", "share", found)])
     assert table.loc[0, ["value", "low", "high", "control_value", "bar"]].tolist() == [0.9, 0.8, 1.0, 0.1, 0.5]
     assert table.loc[0, ["seed_mean", "seed_least", "seed_most"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
+    assert table.loc[0, ["seed_control", "shipped"]].tolist() == pytest.approx([0.2, 0.7])
     assert table["verdict"].tolist() == ["holds", "holds"] and table.loc[1].isna().sum() >= 4
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from mmn import claims
-from mmn.claims import Claim
+from mmn.claims import Claim, Contrast
 from mmn.errors import MmnError
 from mmn.metrics import Interval
 
@@ -48,9 +48,11 @@ def test_the_verdict_follows_from_the_figures(found, control, bar, verdict):
 
 
 def test_other_models_stand_in_columns_of_their_own():
-    others = {"seed-1": 0.5, "seed-2": 0.75, "end-to-end": 0.25, "shipped": 0.4}
+    others = {
+        "seed-1": Contrast(0.5, 0.1), "seed-2": Contrast(0.75, 0.3), "end-to-end": Contrast(0.25), "shipped": Contrast(0.4, -0.001),
+    }  # fmt: skip
     (row,) = claims.frame([Claim("c", "m", interval(1), contrasts=others)]).to_dict("records")
-    assert row["plain runs of the recipe"] == "0.62 (0.50 to 0.75); shipped there 0.40"
+    assert row["plain runs of the recipe"] == "0.62 (0.50 to 0.75) against 0.20 (0.10 to 0.30); shipped there 0.40 against 0.00"
     assert row["end to end"] == "0.25" and row["untrained"] == "open"
 
 
@@ -58,10 +60,15 @@ def test_contrasts_are_read_from_the_stored_tables(tmp_path: Path):
     for label, value in (("", 9.0), ("seed-1", 1.0), ("seed-2", 2.0), ("untrained", 2.0)):
         stem = f"causal.{label}" if label else "causal"
         keys = {"seed-1": [0, 1], "seed-2": [1, 3]}.get(label, [1, 2])  # the plain runs share key 1 alone
-        pd.DataFrame({"key": keys, "drop": [value, value + 1]}).to_csv(tmp_path / f"{stem}.csv")
+        random = [0.5, None if label == "untrained" else 1.5]
+        pd.DataFrame({"key": keys, "drop": [value, value + 1], "random": random}).to_csv(tmp_path / f"{stem}.csv")
         (tmp_path / f"{stem}.json").write_text(json.dumps({"label": label, "model_hash": label}))
     found = claims.contrasts("causal", lambda frame: frame["drop"].mean(), folder=tmp_path)
-    assert found == {"seed-1": 1.5, "seed-2": 2.5, "untrained": 2.5, "shipped": 9.0}
+    assert found == {"seed-1": (1.5, None), "seed-2": (2.5, None), "untrained": (2.5, None), "shipped": (9.0, None)}
+    pairs = claims.contrasts("causal", lambda t: t["drop"].mean(), lambda t: t["random"].sum(skipna=False), folder=tmp_path)
+    assert pairs == {"seed-1": (1.5, 2.0), "seed-2": (2.5, 2.0), "untrained": (2.5, None), "shipped": (9.0, 0.5)}
+    none = claims.contrasts("causal", lambda t: float("nan"), lambda t: 1.0, folder=tmp_path)
+    assert none == {}
 
 
 def chapter(folder: Path, name: str, rows: list[Claim], model_hash: str = "abc") -> None:
@@ -76,7 +83,10 @@ def chapter(folder: Path, name: str, rows: list[Claim], model_hash: str = "abc")
 
 
 def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
-    first = [Claim("a", "m", interval(1), interval(0.5), 0.9, contrasts={"untrained": 0.0}), Claim("b", "m", interval(0.1))]
+    first = [
+        Claim("a", "m", interval(1), interval(0.5), 0.9, contrasts={"untrained": Contrast(0.0)}),
+        Claim("b", "m", interval(0.1)),
+    ]
     second = [Claim("c", "m", interval(2), interval(0.5), source="ours")]
     chapter(tmp_path, "05_b.ipynb", second)
     chapter(tmp_path, "04_a.ipynb", first)
@@ -95,7 +105,15 @@ def test_what_chapters_store_is_what_the_page_collects(tmp_path: Path):
 def test_the_page_has_every_row_under_its_chapter(tmp_path: Path):
     named = {"control_name": "other words", "bar_name": "ours"}
     rows = [
-        Claim("a | b", "m", interval(1), interval(0.5), 0.9, contrasts={"seed-1": 0.004, "seed-2": -0.001}, **named),
+        Claim(
+            "a | b",
+            "m",
+            interval(1),
+            interval(0.5),
+            0.9,
+            contrasts={"seed-1": Contrast(0.004), "seed-2": Contrast(-0.001)},
+            **named,
+        ),
         Claim("c", "m", interval(0.1), bar=1.0, source="ours"),
     ]
     chapter(tmp_path, "04_a.ipynb", rows[:1])
