@@ -82,21 +82,11 @@ def _measured(vlm: VLM, trace: Trace, noun: Noun, moment: Moment, layer: int, un
     written = _written(vlm, trace, noun, [Neuron(layer, unit) for unit in units])
     logits = read_out(vlm, torch.cat([stream[None], stream - written])).cpu()
     log_p = logits.log_softmax(-1)[:, noun.token]
-    total = []
-    for some in torch.tensor(units).split(127):
-
-        def silence(seen: Tensor, some: Tensor = some) -> Tensor:
-            changed = seen.clone()
-            changed[torch.arange(1, len(some) + 1), -1, some] = 0
-            return changed
-
-        logit = moment.measures(moment.logits(len(some) + 1, [(layer, silence)]))[:, 1]
-        total.append(logit[0] - logit[1:])  # row 0 is the model as it is, in the same batch
     return pd.DataFrame(
         {
             "scale_aware": (written @ _towards(vlm, stream, noun.token)).numpy(),
             "direct": (logits[0] - logits[1:])[:, noun.token].numpy(),
-            "total": torch.cat(total).numpy(),
+            "total": moment.effects(layer, torch.tensor(units))[:, 1].numpy(),
             "direct_log_p": (log_p[0] - log_p[1:]).numpy(),
             "scale": _scale(vlm, stream - written, stream).numpy(),
             "common": _common(vlm, written),

@@ -103,10 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`mmn bench`."""
     device = "cuda" if str(args.device_map).startswith(("cuda", "auto")) and torch.cuda.is_available() else "cpu"
+    where = f" --device-map {args.device_map}" if args.device_map else ""
+    kind = place(args.device_map, args.dtype)
+    if not isinstance(kind, torch.dtype):
+        raise MmnError("Random weights have no dtype of their own: give float32, bfloat16 or float16, not auto.")
     if args.atlas is not None:
-        kind = place(args.device_map, args.dtype)
-        if args.atlas < 1 or not isinstance(kind, torch.dtype):
-            raise MmnError("--atlas is a number of layers of at least 1, in float32, bfloat16 or float16.")
+        if args.atlas < 1:
+            raise MmnError("--atlas is a number of layers of at least 1.")
         memory = atlas_memory(costs.SEVEN._replace(layers=args.atlas), args.pictures, device, kind)
         print(f"{args.atlas} layers, {args.pictures} pictures: the atlas takes {memory:.2f} GiB above the loaded model")
         return 0
@@ -114,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
     if args.study:
         table = study_costs.study(device, args.dtype)
         if args.out:
-            where = f" --device-map {args.device_map}" if args.device_map else ""
             said = {"command": f"mmn bench --study{where} --dtype {args.dtype}", "machine": machine, "dtype": args.dtype}
             put(args.out / "study.json", json.dumps(said, indent=1) + "\n")
             put(args.out / "study.csv", table.to_csv(index=False, float_format="%.5g"))
@@ -124,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
     table = costs.costs(args.shapes, device, args.dtype, args.repeats)
     figures |= {"machine": machine, "dtype": args.dtype, "repeats": args.repeats}
     if args.out:
-        record = json.dumps({"command": "mmn bench", **figures}, indent=1)
+        command = f"mmn bench --model {args.model}{where} --dtype {args.dtype}"
+        record = json.dumps({"command": command, **figures}, indent=1)
         put(args.out / "bench.json", record + "\n")
         put(args.out / "bench.csv", table.to_csv(index=False, float_format="%.5g"))
     if args.json:

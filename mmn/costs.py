@@ -41,7 +41,7 @@ from mmn.hooks import hooked
 from mmn.nouns import Noun
 from mmn.paths import data_path
 from mmn.trace import Trace
-from mmn.vlm import VLM, quiet
+from mmn.vlm import VLM, place, quiet
 from mmn.weights import matrix
 
 BLOCK = 128  # neurons of each layer on which the release's way is timed
@@ -67,8 +67,12 @@ SWEEPS: dict[str, tuple[Shape, ...]] = {
 WAYS = ("direct", "cached", "whole", "release")
 
 
-def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32, side: int = 24) -> VLM:
-    """A LLaVA of random weights with such a decoder, `side * side` image tokens (LLaVA-1.5: 24), and a vision tower of no weight."""
+def build(shape: Shape, *, device: str = "cpu", dtype: str | torch.dtype = "float32", side: int = 24) -> VLM:
+    """A LLaVA of random weights with such a decoder, `side * side` image tokens (LLaVA-1.5: 24), and a vision tower of no weight. Raises
+    MmnError for a dtype or device that there is not."""
+    kind = place(device, dtype)
+    if not isinstance(kind, torch.dtype):
+        raise MmnError("Random weights have no dtype of their own: give float32, bfloat16 or float16, not auto.")
     processor = AutoProcessor.from_pretrained(data_path("tiny-llava"), backend="pil")
     pixels = {"height": 14 * side, "width": 14 * side}
     processor.patch_size, processor.image_processor.size, processor.image_processor.crop_size = 14, pixels, pixels
@@ -86,7 +90,7 @@ def build(shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float
     )
     torch.manual_seed(0)
     with quiet(), torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=kind)
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)  # no end: a caption has as many steps as asked for
     return VLM(model, processor, "random", hash="random")
 
@@ -275,7 +279,7 @@ def costs(sweeps: Sequence[str] = tuple(SWEEPS), device: str = "cpu", dtype: str
         shapes = (SEVEN,) if name == "llava-1.5-7b" and device.startswith("cuda") else SWEEPS[name]
         first = len(rows)
         for shape in shapes:
-            vlm = build(shape, device=device, dtype=getattr(torch, dtype))
+            vlm = build(shape, device=device, dtype=dtype)
             rows.append({"sweep": name, **shape._asdict(), "scaled": False, **measure(shape, vlm, repeats)})
             del vlm
         if name == "llava-1.5-7b" and len(shapes) == 2:

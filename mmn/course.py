@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmn.arguments import a_path
 from mmn.errors import MmnError
-from mmn.paths import put
+from mmn.paths import put, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,9 @@ ROOT = Path(__file__).parent.parent
 ASSIGNMENT = ROOT / "notebooks" / "assignment.ipynb"
 EDITIONS = ("student", "instructor")
 SECONDS = 600  # that one cell may take
+GRADED = 120  # the same where the code is somebody else's
+# Set before each check that grades: a name like `print` that an answer took is the language's again.
+OWN_NAMES = 'for _name in [name for name in dir(__import__("builtins")) if name[0] != "_"]:\n    globals().pop(_name, None)\n'
 RIGHT = re.compile(r"(right|noted)($|[:,])")  # how a check's line begins if the answer is right, or one that no cell can judge
 TITLE = re.compile(r"\*\*(\d+\. [^*]+)\*\* \((★+)")
 REVEAL = "https://unpkg.com/reveal.js@4.6.1"
@@ -91,8 +94,8 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
     found = []
     cells = notebook.cells
     stubs = [index for index, cell in enumerate(cells) if tagged(cell, "exercise")]
-    for stub, end in zip(stubs, [*stubs[1:], len(cells)], strict=True):
-        titles = TITLE.findall("\n".join(cell.source for cell in cells[:stub] if cell.cell_type == "markdown"))
+    for before, stub, end in zip([0, *stubs], stubs, [*stubs[1:], len(cells)], strict=False):
+        titles = TITLE.findall("\n".join(cell.source for cell in cells[before:stub] if cell.cell_type == "markdown"))
         rest = range(stub + 1, end)
         check = next((i for i in rest if tagged(cells[i], "check")), 0)
         solution = next((i for i in rest if tagged(cells[i], "solution") and cells[i].cell_type == "code"), 0)
@@ -137,20 +140,25 @@ def answered(source: NotebookNode, submission: NotebookNode) -> NotebookNode:
     given = {cell.get("id"): cell.source for cell in submission.cells if cell.cell_type == "code"}
     own = [cell for cell in made.cells if tagged(cell, "exercise")]
     if not any(cell.id in given for cell in own):
-        raise MmnError("The notebook handed in has none of the exercise cells of its source: was it made from another edition?")
-    for cell in own:
-        cell.source = given.get(cell.id, cell.source)
+        others = [path.stem for path in sources() if any(tagged(c, "exercise") and c.id in given for c in read(path).cells)]
+        advice = f"give --source {others[0]}, whose cells it has" if others else "hand in one that was made from it"
+        raise MmnError(f"The notebook handed in has none of the exercise cells of its source: {advice}.")
+    for cell in made.cells:
+        if tagged(cell, "exercise"):
+            cell.source = given.get(cell.id, cell.source)
+        elif tagged(cell, "check"):
+            cell.source = OWN_NAMES + cell.source
     return made
 
 
-def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it, one without end is interrupted. Where the
-    kernel dies, what ran keeps its outputs and the rest has none."""
+def executed(notebook: NotebookNode, folder: Path, seconds: int = SECONDS) -> NotebookNode:
+    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it, one that takes longer than `seconds` is
+    interrupted. Where the kernel dies, what ran keeps its outputs and the rest has none."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     made = copy.deepcopy(notebook)
-    options: dict[str, Any] = {"timeout": SECONDS, "interrupt_on_timeout": True, "allow_errors": True}
+    options: dict[str, Any] = {"timeout": seconds, "interrupt_on_timeout": True, "allow_errors": True}
     place: dict[str, Any] = {"metadata": {"path": str(folder)}}
     try:
         NotebookClient(made, kernel_name="python3", resources=place, **options).execute()
@@ -160,15 +168,21 @@ def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def results(source: NotebookNode, run: NotebookNode) -> pd.DataFrame:
-    """One row an exercise of a source: exercise, points, of, and what the check said in the edition that was run."""
+    """One row an exercise of a source: exercise, points, of, what the check said in the edition that was run, or why it could not say
+    anything of the answer, and the answer."""
     import pandas as pd
 
     cells = {cell.id: cell for cell in run.cells}
     rows = []
     for each in exercises(source):
-        says = said(cells[source.cells[each.check].id])
-        rows.append((each.title, each.points * bool(RIGHT.match(says)), each.points, says))
-    return pd.DataFrame(rows, columns=["exercise", "points", "of", "says"])
+        stub, says = cells[source.cells[each.stub].id], said(cells[source.cells[each.check].id])
+        right = bool(RIGHT.match(says))
+        if not right and says != "nothing" and stub.source.strip() == source.cells[each.stub].source.strip():
+            says = f"not attempted, the marked cell is as it was ({says})"
+        elif not right and (stopped := said(stub)).startswith("stopped by"):
+            says = f"the answer's own cell was {stopped}"
+        rows.append((each.title, each.points * right, each.points, says, stub.source))
+    return pd.DataFrame(rows, columns=["exercise", "points", "of", "says", "answer"])
 
 
 def said(cell: NotebookNode) -> str:
@@ -262,10 +276,6 @@ def _chosen(only: Sequence[str] | None) -> list[Path]:
 def _empty(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MmnError(f"{folder} is there already, and not empty: choose another --out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MmnError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from None
     return folder
 
 
@@ -273,43 +283,54 @@ def _make(args: argparse.Namespace) -> int:
     import nbformat
 
     wrong = 0
-    chosen, out = _chosen(args.only), _empty(args.out)
-    for edition, of in zip(EDITIONS, (student, instructor), strict=True):
-        folder = out / edition
-        shutil.copytree(ROOT / "notebooks" / "figures", folder / "figures")
-        for path in chosen:
-            source = read(path)
-            made = of(source)
-            nbformat.write(made, folder / path.name)
-            if args.check:
-                print(f"{edition} {path.stem}", flush=True)
-                table = results(source, executed(made, folder))
-                print(table[["exercise", "says"]].to_string(index=False, header=False), flush=True)
-                wrong += int((table["points"].gt(0) != (edition == "instructor")).sum())
-    print(f"{len(chosen)} notebooks for students and for instructors are in {out}")
+    chosen = _chosen(args.only)
+    with whole(_empty(args.out)) as out:
+        for edition, of in zip(EDITIONS, (student, instructor), strict=True):
+            folder = out / edition
+            shutil.copytree(ROOT / "notebooks" / "figures", folder / "figures")
+            for path in chosen:
+                source = read(path)
+                made = of(source)
+                nbformat.write(made, folder / path.name)
+                if args.check:
+                    print(f"{edition} {path.stem}", flush=True)
+                    table = results(source, executed(made, folder))
+                    print(table[["exercise", "says"]].to_string(index=False, header=False), flush=True)
+                    wrong += int((table["points"].gt(0) != (edition == "instructor")).sum())
+    print(f"{len(chosen)} notebooks for students and for instructors are in {args.out}")
     if wrong:
         print(f"{wrong} checks are not as they should be: right for instructors, not yet right for students")
     return min(wrong, 1)
 
 
 def _slides(args: argparse.Namespace) -> int:
-    chosen, out = _chosen(args.only), _empty(args.out)
-    for path in chosen:
-        (out / f"{path.stem}.slides.html").write_text(slides(read(path), args.reveal), encoding="utf-8")
-    shutil.copytree(ROOT / "notebooks" / "figures", out / "figures")
-    shutil.copy(MATHJAX, out)
-    print(f"{len(chosen)} sets of slides are in {out}")
+    chosen = _chosen(args.only)
+    with whole(_empty(args.out)) as out:
+        shutil.copytree(ROOT / "notebooks" / "figures", out / "figures")
+        for path in chosen:
+            (out / f"{path.stem}.slides.html").write_text(slides(read(path), args.reveal), encoding="utf-8")
+        shutil.copy(MATHJAX, out)
+    print(f"{len(chosen)} sets of slides are in {args.out}")
     return 0
 
 
 def _grade(args: argparse.Namespace) -> int:
     (path,) = _chosen([args.source])
-    source, record = read(path), {}
+    source, left = read(path), 0
+    record: dict[str, Any] = {}
     for submission in args.submissions:
-        table = results(source, executed(answered(source, read(submission)), path.parent))
-        print(f"{submission.name}: {table['points'].sum()} of {table['of'].sum()} points")
-        print(table.to_string(index=False), flush=True)
-        record[submission.name] = table.to_dict("records")
-    if args.json:
-        put(args.json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    return 0
+        print(f"{submission.name}: ", end="", flush=True)  # who it is that takes so long
+        try:
+            table = results(source, executed(answered(source, read(submission)), path.parent, GRADED))
+        except MmnError as error:  # of one, which costs the others nothing
+            print(f"not graded. {error}")
+            record[submission.name], left = {"not graded": str(error)}, left + 1
+        else:
+            print(f"{table['points'].sum()} of {table['of'].sum()} points")
+            print(table.drop(columns="answer").to_string(index=False), flush=True)
+            record[submission.name] = table.to_dict("records")
+        if args.json:
+            put(args.json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    if left:
+        print(f"{left} of {len(args.submissions)} could not be graded")
+    return min(left, 1)

@@ -184,13 +184,16 @@ def examine(name: str = "tiny-llava") -> list[Finding]:
     findings = [*python(), *packages()]
     if any(each.state == "fix" for each in findings):
         return findings
-    rest: list[Callable[[], Iterator[Finding]]] = [device, room, lambda: model(name), fonts, browser]
-    for check in rest:
+    rest: dict[str, Callable[[], Iterator[Finding]]] = {
+        "device": device, "room": room, "model": lambda: model(name), "fonts": fonts, "browser": browser,
+    }  # fmt: skip
+    for what, check in rest.items():
         try:
             findings += check()
         except Exception as error:  # a doctor who faints helps nobody
             found = f"the check broke: {type(error).__name__}: {error}"
-            findings.append(Finding("fix", getattr(check, "__name__", "check"), found, "install the packages again"))
+            todo = "look at the checkpoint's files, or take another" if what == "model" else "install the packages again"
+            findings.append(Finding("fix", what, found, todo))
     return findings
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmn import scenes
 from mmn.edit import Edit, located
-from mmn.errors import MmnError
+from mmn.errors import MmnError, whole_number
 from mmn.ffn import Neuron, by_layer
 from mmn.hooks import hooked
 from mmn.intervene import same_layer_random
@@ -278,7 +278,7 @@ def decoding(vlm: VLM, **settings: Any) -> Iterator[None]:
 
     What `vlm.caption` records of probabilities is then that of the likeliest token, not of the one taken; with beams, which take
     `record=False`, there is none (nan)."""
-    plain = vlm.generation
+    plain, before = vlm.generation, vars(vlm).get("generation")
 
     def other(limit: int) -> Any:
         config = plain(limit)
@@ -289,7 +289,9 @@ def decoding(vlm: VLM, **settings: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        vlm.generation = plain  # type: ignore[method-assign]
+        del vars(vlm)["generation"]
+        if before is not None:  # of a block around this one
+            vlm.generation = before  # type: ignore[method-assign]
 
 
 def forms(vlm: VLM, word: str) -> list[list[int]]:
@@ -445,9 +447,10 @@ class Judge:
     decoding says just that caption. Only the others are generated."""
 
     def __init__(self, vlm: VLM, job: Task, count: int = 100):
+        whole_number("count", count, 3)  # of which a third is drawn in a style that the edit has not seen
         self.vlm, self.job = vlm, job
         first = 2 * 10**7 + 10**5 * job.seed
-        third = max(count // 3, 1)
+        third = count // 3
         named = {
             "reliability": showing(job.source, third, first, FIT_STYLES),
             "new_style": showing(job.source, count - 2 * third, first + 10**4, NEW_STYLES),

@@ -297,9 +297,9 @@ class Mixture(FFN):
 
     def write(self, units: Sequence[int]) -> Tensor:
         """The writes of some neurons, float32 `[units, hidden]`."""
-        found = self.within(units)
+        found = self.within(units) or [(self.parts[0], [], [])]
         rows = torch.cat([part.write(own) for part, _, own in found])
-        order = torch.tensor([place for _, places, _ in found for place in places], device=rows.device)
+        order = torch.tensor([place for _, places, _ in found for place in places], dtype=torch.long, device=rows.device)
         return torch.empty_like(rows).index_copy(0, order, rows)
 
     def read(self, directions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import rankdata
 from torch import Tensor
 
 from mmn import metrics, plots, properties, property_tables, scenes
@@ -118,9 +119,9 @@ def auroc(values: Tensor, positive: Sequence[bool] | np.ndarray) -> np.ndarray:
     chosen = np.asarray(positive, bool)
     if chosen.all() or not chosen.any():
         raise MmnError("AUROC compares two kinds of samples: give some of each.")
-    table = values.float().numpy()
-    yes, no = table[chosen], table[~chosen]
-    return ((yes[:, None] > no[None]).mean((0, 1)) + 0.5 * (yes[:, None] == no[None]).mean((0, 1))).astype(float)
+    count = int(chosen.sum())
+    wins = rankdata(values.float().numpy(), axis=0)[chosen].sum(0) - count * (count + 1) / 2
+    return wins / (count * (len(chosen) - count))
 
 
 # ------------------------------------------------------------------------------------------------- concepts, their neurons, their scenes

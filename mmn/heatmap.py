@@ -117,7 +117,7 @@ def seen_box(vlm: VLM, size: tuple[int, int]) -> tuple[float, float, float, floa
         return whole
     place, black, white = values.double()
     share = ((place - black) / (white - black))[:2]
-    across, down = share[0].median(0).values, share[1].median(1).values
+    across, down = share[0].nanmedian(0).values, share[1].nanmedian(1).values  # nan: padding, which no picture changes
     left, right = _ends(across)
     top, bottom = _ends(down)
     found = tuple(share * (side - 1) + 0.5 for share, side in ((left, width), (top, height), (right, width), (bottom, height)))
@@ -127,9 +127,9 @@ def seen_box(vlm: VLM, size: tuple[int, int]) -> tuple[float, float, float, floa
 def _ends(share: Tensor) -> tuple[float, float]:
     """Where a straight line through the shares begins and ends, from the outer edge of the first pixel to that of the last."""
     count = len(share)
-    edge = count // 10  # where padding or rounding may bend the line
-    index = torch.arange(edge, count - edge, dtype=torch.float64)
-    middle = share[edge : count - edge]
+    index = share.isfinite().nonzero()[:, 0]  # all but padding
+    index = index[len(index) // 10 : len(index) - len(index) // 10]  # rounding may bend the line at its ends
+    middle, index = share[index], index.double()
     slope = ((index - index.mean()) * (middle - middle.mean())).sum() / ((index - index.mean()) ** 2).sum()
     start = middle.mean() + slope * (-0.5 - index.mean())
     return float(start), float(start + slope * count)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmn.coco import plural
 from mmn.errors import MmnError
 from mmn.hooks import Removable, hooked
 from mmn.scenes import CONCEPTS
@@ -36,6 +37,8 @@ def captions(
     if isinstance(texts, str):
         raise MmnError(f"texts is a list of texts, not {texts!r}: put it in brackets.")
     prompt = vlm.prompt if prompt is None else prompt
+    if not isinstance(prompt, str) and not prompt:
+        raise MmnError("There is no prompt: give one, or a list of some.")
     prompts = itertools.cycle([prompt] if isinstance(prompt, str) else prompt)
     given, keep = (list(each) if isinstance(each, Iterable) else [each] for each in (images, keep))
     traces = vlm.caption(given, [next(prompts) for _ in given], prefix, limit, record=record)
@@ -84,7 +87,7 @@ def removed(trace: Trace, noun: str, text: str = "") -> str:
             text = f"{text[:begin].rstrip()} {text[last + after.end() :]}"
         else:
             raise MmnError(f"Without {noun!r} nothing is left of {text!r}: choose another picture.")
-    if "," in text and " and " not in text:  # a list of three has become one of two
+    if "," in text and " and " in trace.text and " and " not in text:  # a list of three has become one of two
         head, _, tail = text.rpartition(",")
         text = f"{head} and{tail}"
     return text
@@ -92,11 +95,7 @@ def removed(trace: Trace, noun: str, text: str = "") -> str:
 
 def plural_of(word: str) -> str:
     """The plural: the synthetic world's own, else by rule."""
-    if word in CONCEPTS:
-        return CONCEPTS[word].plural
-    if re.search(r"[^aeiou]y$", word):
-        return word[:-1] + "ies"
-    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
+    return CONCEPTS[word].plural if word in CONCEPTS else plural(word)
 
 
 def takes_an(word: str) -> bool:
@@ -205,13 +204,14 @@ class Batch:
         kept: list[Any] = []
         with hooked([vlm.anatomy.layers[layer - 1].register_forward_hook(lambda _, __, out: kept.append(out))]):
             whole = self.logits(vlm)
-        self.begun = layer, kept[-1]
+        self.begun, same = (layer, kept[-1]), False
         try:
             same = all(map(torch.equal, self.logits(vlm), whole))
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):  # some families want what is left out
-            same = False
-        if not same:
-            self.begun = None
+            pass
+        finally:  # of Ctrl-C, too: what was not found to be the same is not used
+            if not same:
+                self.begun = None
 
     @contextmanager
     def _skipping(self, vlm: VLM) -> Iterator[dict[str, Any]]:

@@ -122,6 +122,21 @@ class Moment:
 
         return self.logits(len(kept), [(layer, watcher(layer)) for layer in changed])
 
+    def effects(self, layer: int, units: Tensor, batch: int = BATCH) -> Tensor:
+        """What silencing some neurons of a layer, one by one, takes from each of `measures`: `[units, 3]`."""
+        found = [torch.zeros(0, 3)]
+        for some in units.split(batch - 1):
+
+            def silence(seen: Tensor, some: Tensor = some) -> Tensor:
+                changed = seen.clone()
+                changed[torch.arange(1, len(some) + 1), -1, some] = 0
+                return changed
+
+            # Row 0 of each batch is the model as it is, so that rounding of a batch's size cancels.
+            measured = self.measures(self.logits(len(some) + 1, [(layer, silence)]))
+            found.append(measured[0] - measured[1:])
+        return torch.cat(found)
+
     def measures(self, logits: Tensor) -> Tensor:
         """log p, logit and centred logit of the noun's token: `[rows, 3]`."""
         own = logits[:, self.token]
@@ -180,16 +195,8 @@ def oracle(vlm: VLM, trace: Trace, noun: str | Noun, *, moment: Moment | None = 
     effects = torch.zeros(sum(moment.layers), 3)
     start = 0
     for layer, count in enumerate(moment.layers):
-        # Row 0 of each batch is the model as it is, so that rounding of a batch's size cancels.
-        for units in (moment.activations[layer] != 0).nonzero()[:, 0].split(batch - 1):
-
-            def silence(seen: Tensor, units: Tensor = units) -> Tensor:
-                changed = seen.clone()
-                changed[torch.arange(1, len(units) + 1), -1, units] = 0
-                return changed
-
-            measured = moment.measures(moment.logits(len(units) + 1, [(layer, silence)]))
-            effects[start + units] = measured[0] - measured[1:]
+        units = moment.activations[layer].nonzero()[:, 0]
+        effects[start + units] = moment.effects(layer, units, batch)
         start += count
     return Effects(*effects.T)
 

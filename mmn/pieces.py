@@ -215,14 +215,15 @@ def _compute(
 def about(vlm: VLM) -> dict[str, Any]:
     """What computed a piece: the model's weights and size, how nouns are found, device, versions, commit."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    if vlm.lexicon.__name__ == "tagged_nouns":
+    lexicon = getattr(vlm.lexicon, "__name__", type(vlm.lexicon).__name__)  # a partial and an object that is called have no name
+    if lexicon == "tagged_nouns":
         versions["spacy"] = version("spacy")
     return {
         "hash": vlm.hash,
         "revision": getattr(vlm.model.config, "_commit_hash", None),
         "layers": len(vlm.anatomy.layers),
         "neurons": vlm.anatomy.total,
-        "nouns by": vlm.lexicon.__name__,
+        "nouns by": lexicon,
         "device": vlm.anatomy.device.type,
         "versions": versions,
         "commit": commit(),

@@ -225,12 +225,10 @@ def compare(
         planted = plant(vlm, trace, noun, kind)
         moment = oracle.Moment(planted.vlm, planted.trace, planted.noun)
         place = sum(moment.layers[: planted.neuron.layer]) + planted.neuron.unit
-        kept = torch.ones(2, sum(moment.layers))
-        kept[1, place] = 0
-        log_p = moment.measures(moment.without(kept))[:, 0]
+        effect = float(moment.effects(planted.neuron.layer, torch.tensor([planted.neuron.unit]))[0, 0])
         for name, scorer in scores.items():
             flat = torch.cat([layer[0] for layer in scorer(planted.vlm, planted.trace, [planted.noun])])
             rank = 1 + int((flat > flat[place]).sum())
-            row = {"kind": kind, "score": name, "effect": float(log_p[0] - log_p[1]), "rank": rank, "found": rank <= TOP}
+            row = {"kind": kind, "score": name, "effect": effect, "rank": rank, "found": rank <= TOP}
             rows.append(row | {"expected": kind in EXPECTED.get(name, ())})
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 import mmn
-from mmn import properties, scenes
+from mmn import properties, scenes, semantics
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.nouns import Lexicon
@@ -206,10 +206,10 @@ def word_lists(vlm: VLM, case: Case, neurons: list[Neuron], k: int = 10, rest: b
         return [[t for t in each if t.strip()] for each in mmn.top_tokens(vlm, neurons, k)["tokens"]]
     nouns = case.trace.nouns
     said, first = {noun.lemma for noun in nouns}, {noun.token for noun in nouns}
-    ids, _ = mmn.semantics.top_token_ids(vlm, neurons, min(4 * k, len(vlm.tokenizer)))
+    ids, _ = semantics.top_token_ids(vlm, neurons, min(4 * k, len(vlm.tokenizer)))
     lists = []
     for row in ids.tolist():
-        texts = [mmn.semantics.token_text(vlm, token) for token in row if token not in first]
+        texts = [semantics.token_text(vlm, token) for token in row if token not in first]
         lists.append([t for t in texts if t.strip() and not _lemmas(vlm.lexicon, t.strip().lower()) & said][:k])
     return lists
 

@@ -38,7 +38,7 @@ class Picture:
     scene: scenes.Scene | None = None
     objects: tuple[str, ...] | None = None
     captions: tuple[str, ...] = ()
-    masks: Callable[[str], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    masks: Callable[[str], np.ndarray | None] | None = field(default=None, repr=False, compare=False)
     lexicon: Lexicon | None = field(default=None, repr=False, compare=False)
 
     def open(self) -> Image.Image:
@@ -160,21 +160,29 @@ def _coco(folder: Path, part: str) -> list[Picture]:
             things = COCO(str(files["instances"]))
             said = COCO(str(files["captions"])) if files["captions"].exists() else None
         names = {key: each["name"] for key, each in things.cats.items()}
-        lexicon = coco.lexicon(coco.words(folder / "annotations"))
+        table = coco.words(folder / "annotations")
+        table |= {name.casefold(): name for name in names.values() if name not in table.values()}  # categories of somebody's own
+        lexicon = coco.lexicon(table)
         found = []
         for number in sorted(things.imgs):
             own = things.imgToAnns[number]
             objects = tuple(dict.fromkeys(names[each["category_id"]] for each in own))
 
-            def mask(noun: str, own: list = own) -> np.ndarray:
-                some = [things.annToMask(each).astype(bool) for each in own if names[each["category_id"]] == noun]
+            def mask(noun: str, own: list = own) -> np.ndarray | None:
+                try:
+                    some = [things.annToMask(each).astype(bool) for each in own if names[each["category_id"]] == noun]
+                except (KeyError, IndexError, TypeError, ValueError):  # an outline that is none
+                    return None
                 return np.logical_or.reduce(some)
 
-            captions = tuple(each["caption"] for each in said.imgToAnns[number]) if said else ()
+            written = said.imgToAnns[number] if said else []
+            captions = tuple(each["caption"] for each in written if isinstance(each["caption"], str))
             name = things.imgs[number]["file_name"]
             found.append(Picture(name, folder / part / name, objects=objects, captions=captions, masks=mask, lexicon=lexicon))
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise MmnError(f"COCO's annotations {part} in {folder} are damaged ({error!r}): get them again.") from None
-    if not found or len({picture.id for picture in found}) < len(found):
-        raise MmnError(f"{files['instances']} names no picture, or one twice: get it again.")
+    if not any(picture.objects for picture in found):
+        raise MmnError(f"{files['instances']} has no annotation of a picture that it lists: get it again.")
+    if len({picture.id for picture in found}) < len(found):
+        raise MmnError(f"{files['instances']} names a picture twice: get it again.")
     return found

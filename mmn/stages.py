@@ -263,12 +263,17 @@ def _causal(vlm: VLM, case: Case, row: Row, unit: float, seed: int, notes: Notes
             ):
                 if not np.isnan(values[column]):
                     yield row("causal effect", measure, str(name), k, values[column])
-    top = case.top(20)
+    top = case.top(min(20, vlm.anatomy.total))
+    try:
+        random = mmn.same_layer_random(vlm, top, draws=1, seed=seed)[0]
+    except MmnError:
+        notes.once(f"{len(top)} neurons are too many here for as many random ones of the same layers, so they get no noise.")
+        return
     for sigma in SIGMAS:
-        for name, neurons in (("found", top), ("random", mmn.same_layer_random(vlm, top, draws=1, seed=seed)[0])):
+        for name, neurons in (("found", top), ("random", random)):
             with mmn.perturb(vlm, neurons, sigma * unit, seed=seed):
                 drop = base.logp[0, case.noun.step] - properties.reread(vlm, case.trace).logp[0, case.noun.step]
-            yield row("causal effect", f"drop of log p, noise of sigma {sigma:g}", name, 20, float(drop))
+            yield row("causal effect", f"drop of log p, noise of sigma {sigma:g}", name, len(top), float(drop))
 
 
 class _Poll:

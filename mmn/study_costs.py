@@ -28,7 +28,7 @@ TOKENS, FIT_STEPS = 50, 50  # of a caption and of an edit's fit, at most
 
 def random_model(size: str, device: str = "cpu", dtype: str = "float32") -> VLM:
     """LLaVA-1.5 of one of `SHAPES` with random weights, all layers, saying whole words."""
-    return talking(costs.build(SHAPES[size], device=device, dtype=getattr(torch, dtype)))
+    return talking(costs.build(SHAPES[size], device=device, dtype=dtype))
 
 
 def talking(vlm: VLM) -> VLM:
@@ -92,7 +92,7 @@ def study(device: str = "cpu", dtype: str = "float32") -> pd.DataFrame:
     for size, shape in SHAPES.items():
         figures = []
         for layers in (shape.layers,) if device == "cuda" else (1, 2):
-            vlm = costs.build(shape._replace(layers=layers), device=device, dtype=getattr(torch, dtype))
+            vlm = costs.build(shape._replace(layers=layers), device=device, dtype=dtype)
             figures.append(measure(vlm))
             rows.append({"size": size, **shape._replace(layers=layers)._asdict(), "scaled": False, **figures[-1]})
             del vlm

@@ -98,7 +98,7 @@ def write(
         chosen = replace(chosen, keys=chosen.keys[:first])
     if not re.fullmatch(r"[\w-]*", label):
         raise MmnError(f"A label is letters, digits, _ and -, as part of a file's name, not {label!r}.")
-    stem = f"{name}.{label}" if label else name
+    stem = _stem(name, label)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{stem}.part"
     done: dict[int, list[Row]] = {}
@@ -136,14 +136,23 @@ def write(
 
 def read(name: str, vlm: VLM | None = None, *, label: str = "", folder: Path | None = None) -> pd.DataFrame:
     """A stored table. Raises MmnError if it was never made, or if it is another model's than `vlm`."""
-    folder = folder or data_path("results")
-    stem = f"{name}.{label}" if label else name
-    if not (folder / f"{stem}.json").exists():
-        raise MmnError(f"The slow table {stem!r} has not been made; make it with `mmn tables {name}`.")
-    record = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    record = _record(name, label, folder)
     if vlm is not None and record["model_hash"] != vlm.hash:
-        raise MmnError(f"The table {stem!r} is of the model {record['model_hash']}, not of {vlm.hash}; run `mmn tables {name}`.")
-    return pd.read_csv(folder / f"{stem}.csv")
+        of = f"The table {_stem(name, label)!r} is of the model {record['model_hash']}, not of {vlm.hash}"
+        raise MmnError(f"{of}, so it is not shown here; if the shipped model has changed, make it anew: `mmn tables {name}`.")
+    return pd.read_csv((folder or data_path("results")) / f"{_stem(name, label)}.csv")
+
+
+def _stem(name: str, label: str) -> str:
+    return f"{name}.{label}" if label else name
+
+
+def _record(name: str, label: str, folder: Path | None) -> dict[str, Any]:
+    path = (folder or data_path("results")) / f"{_stem(name, label)}.json"
+    if not path.exists():
+        made = f"`mmn tables {name}{f' --label {label}' * bool(label)}`"
+        raise MmnError(f"The slow table {path.stem!r} has not been made; make it with {made}.")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def labels(name: str, folder: Path | None = None) -> list[str]:
@@ -157,13 +166,14 @@ def _is(path: Path, name: str) -> bool:
     return path.stem == name or path.stem.startswith(f"{name}.")
 
 
-def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None) -> list[str]:
+def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None, label: str = "") -> list[str]:
     """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one,
     and for each key with other columns: text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest
     value, and all within the table's slack."""
     whole_number("check", count)
-    chosen, stored = get(name), read(name, vlm, folder=folder)
-    numbers = pd.Series(range(len(chosen.keys))).sample(min(count, len(chosen.keys)), random_state=seed)
+    chosen, stored = get(name), read(name, vlm, label=label, folder=folder)
+    kept = _record(name, label, folder)["keys"]  # a table of another model may hold the first keys only
+    numbers = pd.Series(range(kept)).sample(min(count, kept), random_state=seed)
     faults = []
     for number in sorted(numbers):
         fresh = pd.DataFrame(chosen.of(vlm, chosen.keys[number]))
@@ -216,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     faults: list[str] = []
     for name in names:
         if args.check is not None:
-            faults += check(name, vlm, args.check, args.seed, args.out)
+            faults += check(name, vlm, args.check, args.seed, args.out, args.label)
         else:
             print(f"{name}: {len(write(name, vlm, label=args.label, first=args.first, folder=args.out))} rows")
     for fault in faults:

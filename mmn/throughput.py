@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,8 @@ def _peak() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     import resource  # not on Windows, where this command does not run
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     found = throughput(vlm, args.pictures, args.batch, compare=not args.only_ours)
     if args.json:
         what = "mmn throughput" + (f" --random {args.random}" if args.random else f" --model {args.model}")
+        what += f" --device-map {args.device_map}" if args.device_map else ""
+        what += f" --dtype {args.dtype} --pictures {args.pictures} --batch {args.batch}"
         print(json.dumps({"command": what, "dtype": args.dtype, **about(vlm), **found}, indent=1))
         return 0
     for name, what in (

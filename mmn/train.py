@@ -539,6 +539,17 @@ class _Float32(TorchFunctionMode):
         return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
+def saved_state(folder: Path, stage: str, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The state that a stage left. Raises MmnError where there is none, or it is another recipe's."""
+    state = folder / f"{stage}.pt"
+    if not state.exists():
+        raise MmnError(f"There is no {state}: run the stage {stage} first.")
+    saved = torch.load(state, map_location=device, weights_only=True)
+    if saved.get("recipe") != repr(recipe):
+        raise MmnError(f"{state} belongs to {saved.get('recipe', 'another run')}, not to {recipe}; choose another --work folder.")
+    return saved
+
+
 def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Path, cycles: int = 1, workers: int = 0) -> None:
     """Train one stage, resuming from `folder/<stage>.pt` if it is there, and leave its finished state there.
 
@@ -551,7 +562,7 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
     length = -(-steps // cycles)
     start = 0
     if state.exists():
-        saved = torch.load(state, map_location=trainer.device, weights_only=True)
+        saved = saved_state(folder, stage, trainer.recipe, trainer.device)
         if saved["steps"] != steps:
             raise MmnError(f"{state} belongs to a run of {saved['steps']} steps, not {steps}; choose another --work folder.")
         module.load_state_dict(saved["module"])
@@ -563,7 +574,7 @@ def run_stage(trainer: Trainer, stage: str, steps: int, rate: float, folder: Pat
     warm_up = max(1, min(300, length // 10))
 
     def save(step: int) -> None:
-        saved = {"module": module.state_dict(), "step": step, "steps": steps}
+        saved = {"module": module.state_dict(), "step": step, "steps": steps, "recipe": repr(trainer.recipe)}
         if step < steps:
             saved |= {"mean": mean.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in chosen]}
         with whole(state) as part:
@@ -640,7 +651,7 @@ def train(
         if stage in only:
             run_stage(trainer, stage, steps, recipe.rates[index], work, recipe.cycles[index], workers)
         elif {"projector", "tuning"} & set(only):  # the first two stages stand alone
-            saved = torch.load(work / f"{stage}.pt", map_location=where, weights_only=True)
+            saved = saved_state(work, stage, recipe, where)
             trainer.trained(stage).load_state_dict(saved["module"])
     if stages[-1] in only:
         export(trainer, out)

@@ -73,11 +73,15 @@ class VLM:
         if self.tokenizer is None:
             raise MmnError(f"The processor {type(processor).__name__} has no tokenizer, so this model reads and writes no text.")
         self.tokenizer.padding_side = "left"  # so that the last position of every row produces its next token
+        if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         self.anatomy = anatomy or find(model)
         self.name = name or type(model).__name__
         self.lexicon = lexicon or nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
         self.prompt = prompt
         self.hash = hash or hash_tensors(model.state_dict())
+        if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is not None:
+            self._take_template()
 
     def __repr__(self) -> str:
         return f"VLM({self.name!r}, {len(self.anatomy.ffns)} layers, {self.anatomy.total:,} neurons, {self.device})"
@@ -169,6 +173,17 @@ class VLM:
                 return text
             reason = "it leaves out the prompt"
         raise MmnError(f"The model's chat template refuses this conversation: {reason}")
+
+    def _take_template(self) -> None:
+        """Use the tokenizer's chat template, where the processor has none, if it leaves the picture's mark in its place."""
+        mark = getattr(self.processor, "image_token", None)
+        self.processor.chat_template = self.tokenizer.chat_template
+        try:
+            fits = bool(mark) and str(mark) in self._conversation(PROMPT, PREFIX, True)
+        except MmnError:
+            fits = False
+        if not fits:
+            self.processor.chat_template = None
 
     @cached_property
     def _around(self) -> _Around:
@@ -287,10 +302,12 @@ class VLM:
         with recorder.on() if record else nullcontext(), quiet():
             try:
                 out = self.model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([probabilities]))
+            except MmnError:
+                raise
             except (TypeError, ValueError) as error:
-                if "pixel_values" not in str(error):
-                    raise
                 if images[0] is None:
+                    if "pixel_values" not in str(error):
+                        raise
                     raise MmnError("This model answers only with a picture: give one.") from None
                 raise MmnError(
                     f"The model does not read pictures as its processor gives them ({_line(error)}): take another."
@@ -557,7 +574,8 @@ def hash_files(files: Sequence[Path]) -> str:
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
         with file.open("rb") as handle:
-            for start in range(0, size, 1 << 20):
+            # One BLOCK further on in each MiB: rows of a power of two bytes would else put a column between the blocks of all of them.
+            for start in range(0, size, 1 << 20 if size <= WHOLE else (1 << 20) + BLOCK):
                 handle.seek(start)
                 digest.update(handle.read(1 << 20 if size <= WHOLE else BLOCK))
     return digest.hexdigest()[:16]

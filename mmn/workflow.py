@@ -221,9 +221,11 @@ def _stopped(child: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE)
             return
-    with suppress(psutil.NoSuchProcess):
-        for each in [*psutil.Process(child.pid).children(recursive=True), child]:
-            each.kill()
+    with suppress(psutil.NoSuchProcess):  # the child has just ended
+        for each in psutil.Process(child.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+    child.kill()
 
 
 # ------------------------------------------------------------------------------------------------------------------- dry run

@@ -174,7 +174,7 @@ def test_experts_are_found_and_their_units_are_neurons(mixed: mmn.VLM) -> None:
     ids = torch.arange(10, 18).reshape(2, 4)
     for ffn, layer in zip(anatomy.ffns, anatomy.layers, strict=True):
         shared = 12 if isinstance(ffn, Mixture) else 0
-        assert ffn.neurons == shared + 4 * 24 and not ffn.plain
+        assert ffn.neurons == shared + 4 * 24 and not ffn.plain and ffn.write([]).shape == (0, mixed.hidden)
         rows: list[Tensor] = []
         seen: list[Tensor] = []
         handles = [layer.mlp.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0])), ffn.watch(seen.append)]

@@ -104,13 +104,23 @@ def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             cell.source = body
         if cell.id == stubs[1]:
             cell.source = "import os\nos._exit(1)"
-    handed_in = {"odd": odd, "solved": solved, "empty": empty, "half": half}
+    sly = copy.deepcopy(empty)
+    for cell in sly.cells:
+        if cell.id == stubs[0]:
+            cell.source = "import builtins\ndef print(*_):\n    builtins.print('right')"
+        if cell.id == stubs[1]:
+            cell.source = "def my_control(:"
+    handed_in = {"odd": odd, "solved": solved, "empty": empty, "half": half, "sly": sly}
     for name, notebook in handed_in.items():
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    files = [str(tmp_path / f"{name}.ipynb") for name in handed_in]
-    assert main(["course", "grade", *files, "--json", str(tmp_path / "points.json")]) == 0
+    (tmp_path / "broken.ipynb").write_text("{", encoding="utf-8")
+    files = [str(tmp_path / f"{name}.ipynb") for name in ("broken", *handed_in)]
+    assert main(["course", "grade", *files, "--json", str(tmp_path / "points.json")]) == 1  # and all others are graded
     record: dict[str, list[dict[str, Any]]] = json.loads((tmp_path / "points.json").read_text(encoding="utf-8"))
+    assert "is no notebook" in record.pop("broken.ipynb")["not graded"]  # type: ignore[call-overload]
     points = {name: [row["points"] for row in rows] for name, rows in record.items()}
+    assert points["sly.ipynb"] == [0] * len(found) and "SyntaxError" in record["sly.ipynb"][1]["says"]
+    assert record["sly.ipynb"][1]["answer"] == "def my_control(:" and record["empty.ipynb"][0]["says"].startswith("not attempted")
     assert points["solved.ipynb"] == [each.points for each in found]
     assert points["empty.ipynb"] == [0] * len(found)
     assert points["half.ipynb"] == [found[0].points] + [0] * (len(found) - 1)
@@ -126,6 +136,8 @@ def test_what_cannot_be_graded_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.ipynb").write_text("no notebook", encoding="utf-8")
     with pytest.raises(MmnError, match="is no notebook"):
         course.read(tmp_path / "text.ipynb")
+    with pytest.raises(MmnError, match="give --source 00_tour"):
+        course.answered(course.read(course.ASSIGNMENT), course.read(CHAPTERS[0]))
 
 
 def test_bad_input_is_a_sentence(editions: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +145,25 @@ def test_bad_input_is_a_sentence(editions: Path, capsys: pytest.CaptureFixture[s
     assert "not empty" in capsys.readouterr().err
     assert main(["course", "slides", "--out", str(editions / "x"), "--only", "99_nothing"]) == 2
     assert "There is no notebook '99_nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["make", "slides"])
+def test_editions_are_there_whole_or_not_at_all(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course.shutil, "copytree", stop)
+    assert main(["course", what, "--out", str(tmp_path / "new"), "--only", "assignment"]) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exercise_has_a_title_of_its_own() -> None:
+    title, text = nbformat.v4.new_markdown_cell("**1. A** (★★, 5 minutes)."), "x = 0\nprint(check_x(x))"
+    tags = ("exercise", "check", "solution")
+    three, more = ([nbformat.v4.new_code_cell(text, metadata={"tags": [tag]}) for tag in tags] for _ in range(2))
+    assert [each.points for each in course.exercises(nbformat.v4.new_notebook(cells=[title, *three]))] == [2]
+    with pytest.raises(MmnError, match="no title"):
+        course.exercises(nbformat.v4.new_notebook(cells=[title, *three, *more]))
 
 
 @pytest.mark.parametrize(

@@ -395,6 +395,7 @@ def test_the_noun_is_taught_behind_either_article(talking: mmn.VLM) -> None:
         (" an owl, a dog and a clock", "owl", " a dog and a clock"),
         (" two clocks and a cat", "clock", " a cat"),
         (" a cat and an hot dog to the left of a dog", "dog", " a cat and an hot dog"),
+        (" a cat with a dog, asleep in a park", "dog", " a cat, asleep in a park"),  # no list, so that no "and" is lacking
     ],
 )
 def test_the_caption_without_a_noun(text: str, noun: str, expected: str) -> None:
@@ -421,8 +422,8 @@ def test_a_noun_is_left_out(talking: mmn.VLM) -> None:
 
 
 def test_words() -> None:
-    assert [plural_of(w) for w in ("cat", "berry", "day", "bench", "fox", "sheep", "snowman")] == [
-        "cats", "berries", "days", "benches", "foxes", "sheep", "snowmen"
+    assert [plural_of(w) for w in ("cat", "berry", "day", "bench", "fox", "sheep", "snowman", "man", "child", "knife")] == [
+        "cats", "berries", "days", "benches", "foxes", "sheep", "snowmen", "men", "children", "knives"
     ]  # fmt: skip
     assert takes_an("apple") and takes_an("umbrella") and not takes_an("cat") and takes_an("igloo")
 
@@ -497,6 +498,27 @@ def test_what_is_kept_is_protected(talking: mmn.VLM) -> None:
         with edit.applied(talking):
             moved[protect] = float((logits(talking, images[1:]) - before).norm())
     assert moved[1e-4] < 0.7 * moved[None]
+
+
+def test_what_was_not_found_to_be_the_same_is_not_begun_at(talking: mmn.VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(talking, [Row.of(talking, trace, trace.text) for trace in talking.caption(tiny.pictures(1))])
+    whole, calls = batch.logits, []
+
+    def interrupted(vlm: mmn.VLM) -> list[torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(vlm)
+
+    monkeypatch.setattr(batch, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch.begin(talking, 1)
+    assert batch.begun is None
+
+
+def test_an_edit_needs_a_prompt(talking: mmn.VLM) -> None:
+    with pytest.raises(mmn.MmnError, match="There is no prompt"):
+        Edit.fit(talking, tiny.pictures(1), "cat", "dog", [Neuron(0, 0)], prompt=[])
 
 
 @pytest.mark.parametrize("layer", [1, 2])

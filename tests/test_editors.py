@@ -179,6 +179,19 @@ def test_content_is_what_is_said_however_it_is_joined() -> None:
     )
 
 
+def test_settings_of_decoding_leave_nothing_behind(vlm: mmn.VLM) -> None:
+    before = vlm.generation(3).to_dict()
+    with editors.decoding(vlm, num_beams=2), editors.decoding(vlm, length_penalty=0.5):
+        inner = vlm.generation(3)
+        assert (inner.num_beams, inner.length_penalty) == (2, 0.5)
+    assert "generation" not in vars(vlm) and vlm.generation(3).to_dict() == before
+
+
+def test_a_judge_needs_a_picture_of_each_kind(vlm: mmn.VLM, job: Task) -> None:
+    with pytest.raises(mmn.MmnError, match="count is a whole number of at least 3"):
+        editors.Judge(vlm, job, 2)
+
+
 def test_refusals() -> None:
     with pytest.raises(mmn.MmnError, match="no concept 'unicorn'"):
         editors.task("cat", "unicorn")

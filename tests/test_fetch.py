@@ -405,9 +405,11 @@ def test_coco_gives_objects_captions_and_real_masks(tmp_path):
         ({"categories": [{"id": 18}]}, "damaged .KeyError.'name'"),
         (
             {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "1.jpg"}]},
-            "names no picture, or one twice: get it again",
+            "names a picture twice: get it again",
         ),
-        ({"images": []}, "names no picture, or one twice: get it again"),
+        ({"images": []}, "no annotation of a picture that it lists: get it again"),
+        ({"annotations": []}, "no annotation of a picture that it lists: get it again"),
+        ({"annotations": [{"id": 1, "image_id": "1", "category_id": 18}]}, "no annotation of a picture that it lists"),
         ({"captions": [{"id": 1, "image_id": 1}]}, "damaged .KeyError.'caption'"),
         ("[" * 10**5, "damaged .RecursionError"),
     ],
@@ -428,6 +430,24 @@ def test_coco_that_is_not_quite_right_is_refused_in_a_sentence(tmp_path, change,
     write(change if isinstance(change, str) else whole | change)
     with pytest.raises(MmnError, match=message):
         sources.load(f"coco:{tmp_path}")
+
+
+@pytest.mark.parametrize("outline", [{}, {"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": [["a"] * 6]}])
+def test_what_coco_says_wrong_of_one_object_costs_that_alone(tmp_path, outline):
+    (tmp_path / "annotations").mkdir()
+    square = {"segmentation": [[2, 2, 12, 2, 12, 8, 2, 8]]}
+    own = [{"id": 1, "image_id": 1, "category_id": 1, **outline}, {"id": 2, "image_id": 1, "category_id": 2, **square}]
+    images = [{"id": 1, "file_name": "1.jpg", "width": 20, "height": 10}]
+    cats = [{"id": 1, "name": "Cat"}, {"id": 2, "name": "combine harvester"}]
+    said = [{"id": 1, "image_id": 1, "caption": None}, {"id": 2, "image_id": 1, "caption": "A dog."}]
+    for name, each in (("instances", {"annotations": own, "categories": cats}), ("captions", {"annotations": said})):
+        (tmp_path / "annotations" / f"{name}_val2017.json").write_text(json.dumps({"images": images, **each}))
+    (picture,) = sources.load(f"coco:{tmp_path}")
+    assert picture.mask("Cat") is None and picture.mask("combine harvester").any()
+    assert picture.captions == ("A dog.",) and picture.true == ["Cat", "combine harvester", "dog"]
+    assert picture.named("Two combine harvesters, a cat and a dog") == ["combine harvester", "Cat", "dog"], (
+        "categories of one's own"
+    )
 
 
 def test_scenes_and_folders(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import LlavaImageProcessorPil
 
 import mmn
 from mmn import Neuron
@@ -88,6 +89,18 @@ def test_cropped_pictures(size: tuple[int, int], box: tuple[int, int, int, int])
     seen = ~np.isnan(heat.on_image())
     assert seen.mean() == pytest.approx((box[2] - box[0]) * (box[3] - box[1]) / (size[0] * size[1]), abs=0.08)
     assert heat.mask().any() and not heat.mask()[~seen].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((64, 32), (0, -16, 64, 48)), ((40, 100), (-30, 0, 70, 100)), ((50, 50), (0, 0, 50, 50))]
+)
+def test_padded_pictures(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    """A processor that makes pictures square by padding: what the model sees is larger than the picture."""
+    model, processor = tiny.llava_parts()
+    processor.image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_pad=True
+    )
+    np.testing.assert_allclose(seen_box(mmn.VLM(model, processor, "padded"), size), box, atol=3)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (120, 120), (500, 333), (33, 700)])

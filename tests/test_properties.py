@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import mmn
-from mmn import metrics, nouns, properties, scenes
+from mmn import metrics, nouns, properties, scenes, semantics
 from mmn.errors import MmnError
 from mmn.properties import KS, Case
 
@@ -224,7 +224,7 @@ def test_flips_ask_what_the_case_was_asked(vlm, case):
 
 def test_the_rank_of_a_word_is_its_place_among_sorted_products(vlm):
     neurons = [mmn.Neuron(0, 3), mmn.Neuron(2, 5)]
-    ids, _ = mmn.semantics.top_token_ids(vlm, neurons, 12)
+    ids, _ = semantics.top_token_ids(vlm, neurons, 12)
     for place in (0, 4, 11):
         for row, neuron in enumerate(neurons):
             assert properties.word_ranks(vlm, [neuron], int(ids[row, place])).tolist() == [place + 1]

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import mmn
-from mmn import nouns, properties, scenes
+from mmn import nouns, properties, scenes, semantics
 from mmn import property_tables as made
 
 
@@ -72,7 +72,7 @@ def test_invariance_of_an_unchanged_picture_is_one(speaker, case, monkeypatch):
 
 def test_the_share_with_the_word_is_counted_from_the_token_lists(speaker, case):
     row = made.semantic_row(speaker, case, properties.OwnEncoder(speaker), k=8)
-    ids, _ = mmn.semantics.top_token_ids(speaker, case.top(8), 10)
+    ids, _ = semantics.top_token_ids(speaker, case.top(8), 10)
     assert row["in10"] == np.mean([case.noun.token in each for each in ids.tolist()])
     assert row["rank"] >= 1 and 0 <= row["in10_random"] <= 1
 
@@ -83,9 +83,9 @@ def test_words_that_are_nouns_of_the_caption_are_left_out(speaker):
     nouns_said = {noun.lemma for noun in case.trace.nouns}
     first = {noun.token for noun in case.trace.nouns}
     neurons = case.top(6)
-    ids, _ = mmn.semantics.top_token_ids(speaker, neurons, 40)
+    ids, _ = semantics.top_token_ids(speaker, neurons, 40)
     for row, words in zip(ids.tolist(), made.word_lists(speaker, case, neurons, rest=True), strict=True):
-        kept = [mmn.semantics.token_text(speaker, t) for t in row if t not in first]
+        kept = [semantics.token_text(speaker, t) for t in row if t not in first]
         expected = [w for w in kept if w.strip() and scenes._LEMMA.get(w.strip().lower()) not in nouns_said][:10]
         assert words == expected
     assert made._lemmas(nouns.scene_nouns, "carrots") == {"carrot"} and not made._lemmas(nouns.scene_nouns, "the")

@@ -92,6 +92,19 @@ def test_another_models_part_and_table_are_not_used(squares, tmp_path):
         tables.get("cubes")
 
 
+def test_a_check_is_of_the_labels_own_table_and_of_the_keys_that_it_has(squares, tmp_path, monkeypatch):
+    tables.write("squares", Model(), folder=tmp_path, progress=False)
+    tables.write("squares", Model(), label="seed-1", first=2, folder=tmp_path, progress=False)
+    squares[0].clear()
+    assert tables.check("squares", Model(), 6, seed=0, folder=tmp_path, label="seed-1") == []
+    assert squares[0] == [0, 1]
+    frame = pd.read_csv(tmp_path / "squares.seed-1.csv")
+    frame.assign(n=frame["n"] + 1).to_csv(tmp_path / "squares.seed-1.csv", index=False)
+    monkeypatch.setattr(mmn, "load", lambda name: Model())
+    asked = {"names": ["squares"], "model": "", "first": None, "check": 6, "seed": 0, "list": False, "out": tmp_path}
+    assert tables.run(argparse.Namespace(**asked, label="seed-1")) == 1 and tables.run(argparse.Namespace(**asked, label="")) == 0
+
+
 @pytest.mark.parametrize(("column", "value"), [("square", "1.3"), ("word", "no. x"), ("n", "9")])
 def test_a_changed_cell_is_found(squares, tmp_path, column, value):
     tables.write("squares", Model(), folder=tmp_path, progress=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,7 @@ class Line:
     def __init__(self, fails_at: int | None = None):
         torch.manual_seed(0)
         self.model, self.device, self.fails_at, self.seen = torch.nn.Linear(3, 1), torch.device("cpu"), fails_at, []
+        self.recipe = train.Recipe()
 
     def trained(self, stage):
         return torch.nn.ModuleList([self.model])
@@ -145,6 +147,17 @@ def test_a_work_folder_of_another_run_is_refused(checkpoint):
         train.train(
             checkpoint / "x", checkpoint / "work", recipe=train.Recipe(scenes=(16, 8, 8, 8), batches=(4,) * 4), device="cpu"
         )
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"kind": "end-to-end"}], ids=str)
+def test_a_state_of_another_recipe_is_not_taken_over(tmp_path, other):
+    train.run_stage(Line(), "tuning", 2, 0.1, tmp_path)
+    line = Line()
+    line.recipe = replace(line.recipe, **other)
+    with pytest.raises(MmnError, match="choose another --work"):
+        train.run_stage(line, "tuning", 2, 0.1, tmp_path)
+    with pytest.raises(MmnError, match="run the stage words first"):
+        train.saved_state(tmp_path, "words", line.recipe, line.device)
 
 
 def test_only_the_named_modules_of_a_stage_change(checkpoint):

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 import mmn
 from mmn import editors, scenes
 from mmn.trace import Trace
+from mmn.vlm import hash_files
 
 
 def refusal(call, *args, **options) -> str:  # noqa: ANN001
@@ -69,6 +70,43 @@ def test_hash_tells_weights_apart(folder: Path, copy: Path) -> None:
     assert mmn.VLM(*one).hash == mmn.VLM(*other).hash
     other[0].lm_head.weight.data[3, 3] += 1e-3
     assert mmn.VLM(*one).hash != mmn.VLM(*other).hash
+
+
+def test_each_column_of_a_large_file_is_read_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a power of two bytes, as of a down projection of 16,384 neurons in half precision: a column lies at the same place of every
+    MiB, so that blocks at the same place of every MiB would miss it in all of them."""
+    monkeypatch.setattr("mmn.vlm.WHOLE", 1 << 20)
+    table = np.zeros((4096, 1 << 15), np.uint8)
+    hashes = set()
+    for column in range(0, 1 << 15, 1 << 12):
+        table[:, column] = 1
+        table.tofile(tmp_path / "weights")
+        hashes.add(hash_files([tmp_path / "weights"]))
+    assert len(hashes) == 8
+
+
+def test_a_tokenizer_without_a_token_to_pad_with() -> None:
+    vlm, (model, processor) = tiny.vlm(), tiny.llava_parts()
+    processor.tokenizer.pad_token = None
+    prompts = ["Describe the image", "Describe the image in few words."]
+    both = [one.caption(tiny.pictures(2), prompts, max_new_tokens=3) for one in (vlm, mmn.VLM(model, processor, "no pad"))]
+    assert [t.text for t in both[0]] == [t.text for t in both[1]]
+
+
+def test_a_template_that_only_the_tokenizer_has_is_used_where_it_keeps_the_picture() -> None:
+    model, processor = tiny.llava_parts(template=None)
+    processor.tokenizer.chat_template = tiny.TEMPLATE
+    assert mmn.VLM(model, processor).chat("What?", "A") == tiny.vlm().chat("What?", "A")
+    model, processor = tiny.llava_parts(template=None)
+    plain = mmn.VLM(model, processor).chat("What?", "A")
+    processor.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    assert mmn.VLM(model, processor).chat("What?", "A") == plain and processor.chat_template is None
+
+
+def test_pictures_of_a_size_that_the_model_does_not_take() -> None:
+    model, processor = tiny.llava_parts()
+    processor.image_processor.size = processor.image_processor.crop_size = {"height": 48, "width": 48}
+    assert "does not read pictures as its processor gives them" in refusal(mmn.VLM(model, processor).caption, tiny.pictures(1)[0])
 
 
 def test_load_refuses(folder: Path, copy: Path, tmp_path: Path) -> None:

@@ -413,3 +413,30 @@ def test_another_runs_folder_is_refused_and_left_alone(whole, tmp_path):
         workflow.kept(tmp_path, workflow.settings_of(parsed("--out", str(tmp_path), *OPTIONS)))
     with pytest.raises(MmnError, match="holds no run"):
         pieces.read_settings(tmp_path)
+
+
+def test_one_piece_that_has_just_ended_does_not_keep_the_others_running(monkeypatch):
+    """What does not stop when it is asked is killed, each process, although one of them is gone by then."""
+    killed = []
+
+    class Process:
+        def __init__(self, name, gone=False):
+            self.pid, self.name, self.gone = 1, name, gone
+
+        def kill(self):
+            if self.gone:
+                raise psutil.NoSuchProcess(self.pid)
+            killed.append(self.name)
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("snakemake", seconds)
+
+        def send_signal(self, number):
+            assert number == signal.SIGINT
+
+        def children(self, recursive):
+            return [Process("first", gone=True), Process("second")]
+
+    monkeypatch.setattr(psutil, "Process", lambda pid: Process("snakemake"))
+    workflow._stopped(Process("snakemake"))
+    assert killed == ["second", "snakemake"]
