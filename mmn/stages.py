@@ -127,8 +127,10 @@ def sparing(work: Callable[[list[T]], list[R]], batch: list[T], failed: Callable
 
 
 def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: str = PROMPT, batch_size: int = 16) -> Tables:
-    """Caption a shard in batches and rank the neurons of every noun: tables captions, rankings, problems."""
+    """Caption a shard in batches and rank the neurons of every noun: tables captions, rankings, problems. Raises MmnError where no picture
+    can be captioned, for one and the same reason: that is the model's fault, and not to be kept as a result."""
     notes, captions, rows = Notes("rankings"), [], []
+    failed: list[str] = []
     source = opened(pictures, notes)
     while batch := [item for _, item in zip(range(batch_size), source, strict=False)]:
 
@@ -136,7 +138,11 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
             traces = vlm.caption([image for _, image in some], prompt, batch_size=len(some))
             return list(zip(traces, mmn.rank_all(vlm, traces, top_k), strict=True))
 
-        for (picture, _), (trace, found) in sparing(work, batch, lambda item, why: notes.add(item[0].id, why)):
+        def fail(item: tuple[Picture, Image.Image], why: object) -> None:
+            notes.add(item[0].id, why)
+            failed.append(str(why))
+
+        for (picture, _), (trace, found) in sparing(work, batch, fail):
             captions.append(
                 {
                     "picture": picture.id,
@@ -156,6 +162,8 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
                     rows.append(
                         dict(zip(COLUMNS["rankings"], (*values, round(activation, 5), round(contribution, 5)), strict=True))
                     )
+    if not captions and len(failed) > 1 and set(failed) == {failed[0]} != {"out of memory"}:
+        raise MmnError(f"No picture can be captioned: {failed[0]}")
     return {"captions": table("captions", captions), "rankings": table("rankings", rows), "problems": table("problems", notes.rows)}
 
 

@@ -98,6 +98,14 @@ def test_first_uses_of_terms_lead_to_the_glossary(extension: Any) -> None:
     assert page.children[1].astext() == words.partition("`")[0]
 
 
+def test_terms_share_an_explanation_and_words_of_every_day_are_no_links(extension: Any) -> None:
+    assert {"contribution", "direct score", "development nouns", "held-out nouns"} <= set(extension.glossary())
+    page = new_document("page")
+    page += nodes.paragraph("", "Where do they live, step by step? A direct score tells.")
+    extension.link_terms(SimpleNamespace(env=SimpleNamespace(docname="book/limits")), page)
+    assert [each.astext() for each in page.findall(addnodes.pending_xref)] == ["direct score"]
+
+
 def test_buttons_lead_to_the_repository_if_there_is_one(extension: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(html_theme_options={"show_toc_level": 2})
     monkeypatch.delenv("MMN_REPOSITORY", raising=False)

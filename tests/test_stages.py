@@ -137,6 +137,22 @@ def test_one_noun_is_edited_into_another_and_the_weights_stay(vlm, pictures, ran
     assert torch.equal(before[1], vlm.model.model.language_model.layers[7].mlp.down_proj.weight)
 
 
+@pytest.mark.parametrize("reason", ["it reads no such picture", "out of memory"])
+def test_a_model_that_can_caption_nothing_leaves_no_result(pictures, reason):
+    """So that its piece is tried again when the model is mended; what lacks memory is tried again anyway, and one bad picture is a row."""
+
+    class Refuses:
+        def caption(self, images, prompt, batch_size):
+            raise MmnError(reason)
+
+    if reason == "out of memory":
+        assert len(stages.rankings(Refuses(), pictures[:3])["problems"]) == 3
+    else:
+        with pytest.raises(MmnError, match="No picture can be captioned: it reads no such picture"):
+            stages.rankings(Refuses(), pictures[:3])
+    assert len(stages.rankings(Refuses(), pictures[:1])["problems"]) == 1
+
+
 def test_where_memory_is_short_batches_get_smaller_and_one_picture_fails_alone():
     sizes, failed = [], []
 

@@ -16,14 +16,15 @@ from sphinx.config import Config
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 GLOSSARY = Path(__file__).parent.parent / "glossary.md"
-AMBIGUOUS = {"closed form", "edit", "gate", "overlap", "position", "resampling", "vote", "write"}  # linked where a page says so
+# Linked where a page says so.
+AMBIGUOUS = {"closed form", "edit", "gate", "live", "overlap", "position", "removal", "resampling", "step", "vote", "write"}
 NO_LINKS = nodes.reference | nodes.literal | nodes.literal_block | nodes.title | nodes.math | nodes.raw | addnodes.pending_xref
 
 
 @cache
 def glossary() -> dict[str, str]:
     """The terms that are linked by themselves: in small letters, and as the glossary has them."""
-    found = re.findall(r"^(?!:::|#)(\S.*)\n  ", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(r"^(?!:::|#)(\S.*)\n(?=(?:\S.*\n)*  )", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
     return {term.lower(): term for term in found if term not in AMBIGUOUS}
 
 
