@@ -22,8 +22,8 @@ THIN = 200  # long side over short; a processor that sets the short side would m
 
 
 def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in a file as RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8, a GIF's first
-    frame.
+    """The picture in a file as RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8 (65535 is
+    white, so that 12 bits in 16 come out dark), a GIF's first frame.
 
     Raises MmnError where there is no such file, it is no picture, it is damaged, it has more than `max_pixels` pixels, or it is
     too thin for a model."""
