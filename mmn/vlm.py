@@ -73,14 +73,14 @@ class VLM:
         if self.tokenizer is None:
             raise MmnError(f"The processor {type(processor).__name__} has no tokenizer, so this model reads and writes no text.")
         self.tokenizer.padding_side = "left"  # so that the last position of every row produces its next token
-        if self.tokenizer.pad_token is None:  # any will do: the attention mask hides it
+        if getattr(self.tokenizer, "pad_token", "") is None:  # any will do: the attention mask hides it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         self.anatomy = anatomy or find(model)
         self.name = name or type(model).__name__
         self.lexicon = lexicon or nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
         self.prompt = prompt
         self.hash = hash or hash_tensors(model.state_dict())
-        if getattr(processor, "chat_template", None) is None and self.tokenizer.chat_template is not None:
+        if getattr(processor, "chat_template", None) is None and getattr(self.tokenizer, "chat_template", None):
             self._take_template()
 
     def __repr__(self) -> str:

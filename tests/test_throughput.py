@@ -39,5 +39,6 @@ def test_a_random_model_of_a_large_ones_shape_can_be_measured(monkeypatch, capsy
     monkeypatch.setattr(costs, "build", functools.partial(costs.build, side=3))
     assert cli.main(["throughput", "--random", "7B", "--pictures", "2", "--batch", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["command"] == "mmn throughput --random 7B" and found["layers"] == 2 and found["neurons"] == 992
+    assert found["command"] == "mmn throughput --random 7B --dtype float32 --pictures 2 --batch 1"
+    assert found["layers"] == 2 and found["neurons"] == 992
     assert found["share"] > 0 and found["nouns by"] == "first_word"
