@@ -111,7 +111,7 @@ def tidy(rows: Sequence[Claim]) -> pd.DataFrame:
         line |= {"control": row.control_name}
         line |= {f"control_{name}": value for name, value in (row.control or none)._asdict().items()}
         line |= {"bar": none.value if row.bar is None else row.bar, "verdict": row.verdict}
-        line[SHIPPED], line[f"{SHIPPED}_control"] = row.contrasts.get(SHIPPED, Contrast(none.value))
+        line[SHIPPED], line[f"{SHIPPED}_control"] = np.array(row.contrasts.get(SHIPPED, Contrast(none.value)), float)
         for start in CONTRASTS:
             some = pd.DataFrame(_of(row, start), columns=Contrast._fields, dtype=float)
             found = {"mean": some["found"].mean(), "least": some["found"].min(), "most": some["found"].max()}

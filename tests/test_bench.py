@@ -45,8 +45,9 @@ def test_memory_of_the_atlas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert least < bench.atlas_memory(small, 4) < 2
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    for options in (["--atlas", "0"], ["--atlas", "1", "--dtype", "auto"]):
-        with pytest.raises(mmn.MmnError, match="a number of layers"):
+    refused = {"a number of layers": ["--atlas", "0"], "no dtype of their own": ["--atlas", "1", "--dtype", "auto"]}
+    for sentence, options in refused.items():
+        with pytest.raises(mmn.MmnError, match=sentence):
             bench.run(parser.parse_args(options))
     monkeypatch.setattr(costs, "SEVEN", small)
     assert bench.run(parser.parse_args(["--atlas", "1", "--pictures", "4"])) == 0

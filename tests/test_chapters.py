@@ -332,6 +332,7 @@ def test_claims_in_a_file_have_their_numbers_in_columns_of_their_own():
     assert table.loc[0, ["value", "low", "high", "control_value", "bar"]].tolist() == [0.9, 0.8, 1.0, 0.1, 0.5]
     assert table.loc[0, ["seed_mean", "seed_least", "seed_most"]].tolist() == pytest.approx([0.7, 0.6, 0.8])
     assert table.loc[0, ["seed_control", "shipped"]].tolist() == pytest.approx([0.2, 0.7])
+    assert table["shipped_control"].dtype == float, "a column of its own numbers has a unit"
     assert table["verdict"].tolist() == ["holds", "holds"] and table.loc[1].isna().sum() >= 4
 
 
