@@ -85,16 +85,16 @@ def _judged(
 
 
 # Ten tokens in order hold near ties, which another processor's rounding swaps: that moved a share by .007 where nothing else moved.
-SLACK = {"image_top10": 0.01, "text_top10": 0.01}
+TOLERANCE = {"image_top10": 0.01, "text_top10": 0.01}
 
 
-@table("editing", keys=range(len(PAIRS)), columns=COLUMNS, slack=SLACK)
+@table("editing", keys=range(len(PAIRS)), columns=COLUMNS, tolerance=TOLERANCE)
 def editing(vlm: VLM, key: int) -> list[Row]:
     """All pairs: the gradient edit and the better one on found rows, and on same-layer random rows of no greater norm."""
     return _judged(vlm, key, SCENES, editors.main_ways)
 
 
-@table("editing_ways", keys=SOME, columns=COLUMNS, slack=SLACK)
+@table("editing_ways", keys=SOME, columns=COLUMNS, tolerance=TOLERANCE)
 def ways(vlm: VLM, key: int) -> list[Row]:
     """Some pairs: every way of the comparison."""
     return _judged(vlm, key, FEW, editors.other_ways, 12)
@@ -106,7 +106,7 @@ def ways(vlm: VLM, key: int) -> list[Row]:
     columns={name: text for name, text in COLUMNS.items() if name != "way"}
     | {"chosen": "how the rows were chosen", "k": "how many", "layer": "the layer they are of; empty: any", "size": "bound on the norm, in "
        "units of what the found rows take; empty: none", "penalty": "weight of what is to stay"},
-    slack=SLACK,
+    tolerance=TOLERANCE,
 )  # fmt: skip
 def curve(vlm: VLM, key: int) -> list[Row]:
     """Reliability against locality: found and same-layer random rows over the size of the change, the weight of what is to stay, and how

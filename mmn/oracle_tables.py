@@ -21,7 +21,7 @@ FIRST = 8 * 10**6  # the number of the first scene: no other measure uses these
 CALIBRATED_ON = 8  # scenes, of development concepts alone
 # Of 4,096 neurons some 4,000 are silent, all of one rank; one whose effect rounds to the other side of zero passes them all. Between two
 # processors the largest differences were half of these.
-SLACK = {"spearman": 0.06, "spearman_logit": 0.06, "spearman_centred": 0.06, "auroc": 0.07, "p10": 0.1, "p50": 0.08}
+TOLERANCE = {"spearman": 0.06, "spearman_logit": 0.06, "spearman_centred": 0.06, "auroc": 0.07, "p10": 0.1, "p50": 0.08}
 HELD_OUT = tuple(sorted(scenes.CONCEPTS))[::2]
 
 
@@ -59,7 +59,7 @@ def calibration(vlm: VLM, count: int = CALIBRATED_ON) -> Calibration:
         "spearman_logit": "rank correlation with the effect on the logit",
         "spearman_centred": "rank correlation with the effect on the centred logit",
     },
-    slack=SLACK,
+    tolerance=TOLERANCE,
 )
 def oracle_table(vlm: VLM, key: int) -> list[Row]:
     """A scene's nouns, each with every score; times are left out, because no two machines share them."""
@@ -86,7 +86,7 @@ def oracle_table(vlm: VLM, key: int) -> list[Row]:
         "found": "it is among the mmn.planted.TOP of highest score",
         "expected": "it should be, as written down beforehand",
     },
-    slack={"rank": 2},
+    tolerance={"rank": 2},
 )
 def planted_table(vlm: VLM, key: int) -> list[Row]:
     """The first noun that a scene shows, each kind planted for it in a copy of the model, each score."""

@@ -375,7 +375,7 @@ def sensitivity(vlm: VLM, key: int) -> list[Row]:
         **{f"k{k}": f"share of the top {k} neurons that are found again; chance {k} / neurons" for k in OVERLAPS},
         "forced": "whether the caption is the true one, not the model's",
     },
-    slack={f"k{k}": 2 / k for k in OVERLAPS},
+    tolerance={f"k{k}": 2 / k for k in OVERLAPS},
 )
 def invariance(vlm: VLM, key: int) -> list[Row]:
     """Which neurons are found again when something changes, for the first noun that the caption says."""

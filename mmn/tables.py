@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mmn.agreement import column_tolerance, same_cell
 from mmn.arguments import a_path
 from mmn.bars import tqdm
 from mmn.errors import MmnError, whole_number
@@ -37,19 +37,18 @@ Rows = Callable[["VLM", Any], list[Row]]
 
 # The modules whose import registers tables.
 MODULES: tuple[str, ...] = ("mmn.oracle_tables", "mmn.property_tables", "mmn.edit_tables")
-TOLERANCE = 1e-3  # relative difference of two floats that counts as none: another processor rounds otherwise
 
 
 @dataclass(frozen=True)
 class Table:
-    """A slow table: its name, its keys (anything JSON can write), the function of one key, what its columns mean, with units, and of the
-    columns that count ranks or hits the difference that another processor's rounding may make."""
+    """A slow table: its name, its keys (anything JSON can write), the function of one key, what its columns mean, with units, and the
+    tolerance of columns whose default (see mmn.agreement) another processor's rounding exceeds, such as ranks."""
 
     name: str
     keys: tuple[Any, ...]
     rows: Rows
     columns: dict[str, str]
-    slack: dict[str, float]
+    tolerance: dict[str, float]
 
     def of(self, vlm: VLM, key: Any) -> list[Row]:
         """The rows of one key, each with its number among the keys, `key`, in front."""
@@ -59,12 +58,14 @@ class Table:
 _TABLES: dict[str, Table] = {}
 
 
-def table(name: str, keys: Iterable[Any], columns: dict[str, str], slack: dict[str, float] | None = None) -> Callable[[Rows], Rows]:
-    """Register the decorated function as the table `name`, one call a key; `columns`: name to meaning, with units; `slack`: of columns that
-    jump where two values are nearly equal, such as ranks, by how much they may differ on another processor."""
+def table(
+    name: str, keys: Iterable[Any], columns: dict[str, str], tolerance: dict[str, float] | None = None
+) -> Callable[[Rows], Rows]:
+    """Register the decorated function as the table `name`, one call a key; `columns`: name to meaning, with units; `tolerance`: of
+    columns that jump where two values are nearly equal, such as ranks, the difference that counts as none."""
 
     def register(rows: Rows) -> Rows:
-        _TABLES[name] = Table(name, tuple(keys), rows, columns, slack or {})
+        _TABLES[name] = Table(name, tuple(keys), rows, columns, tolerance or {})
         return rows
 
     return register
@@ -168,8 +169,7 @@ def _is(path: Path, name: str) -> bool:
 
 def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None, label: str = "") -> list[str]:
     """Compute the rows of `count` keys again, chosen by `seed`, and return a sentence for each cell that differs from the stored one,
-    and for each key with other columns: text and whole numbers must be equal, floats within `TOLERANCE`, relative to the column's largest
-    value, and all within the table's slack."""
+    and for each key with other columns. What equal means is in mmn.agreement; a column may state its own tolerance."""
     whole_number("check", count)
     chosen, stored = get(name), read(name, vlm, label=label, folder=folder)
     kept = _record(name, label, folder)["keys"]  # a table of another model may hold the first keys only
@@ -185,20 +185,11 @@ def check(name: str, vlm: VLM, count: int, seed: int, folder: Path | None = None
             faults.append(f"{name}, key {number}: stored and computed columns differ in {', '.join(odd)}.")
             continue
         for column in fresh.columns:
-            largest = stored[column].abs().max() if pd.api.types.is_float_dtype(stored[column]) else 0.0
-            slack = chosen.slack.get(column, 0.0)
+            tolerance = chosen.tolerance.get(column, column_tolerance(stored[column]))
             for place, (before, now) in enumerate(zip(old[column], fresh[column], strict=True)):
-                if not (same(before, now, largest) or (slack and abs(before - now) <= slack)):
+                if not same_cell(before, now, tolerance):
                     faults.append(f"{name}, key {number}, row {place}, {column}: {before!r} is stored, {now!r} was computed.")
     return faults
-
-
-def same(before: Any, now: Any, largest: float) -> bool:
-    """Whether two cells agree."""
-    if isinstance(now, float) or isinstance(before, float):
-        both_missing = pd.isna(before) and (pd.isna(now) or now == "")
-        return both_missing or math.isclose(float(before), float(now), rel_tol=TOLERANCE, abs_tol=TOLERANCE * largest)
-    return bool(before == now)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """nbval guards what the chapters store: with any one number of a compared result changed, it fails.
 
 Every number of every tagged output is changed in turn and given to nbval's own comparison, in place of running a chapter once for each;
-and a whole run of nbval, on a notebook of three cells, shows that the tag is what makes it compare."""
+and a whole run of nbval, on a notebook of a few cells, shows that the tag is what makes it compare, and
+that a last digit may be rounded otherwise."""
 
 from __future__ import annotations
 
@@ -63,10 +64,25 @@ def test_no_number_of_a_compared_result_can_change_unseen(chapter: Path, request
 
 def test_nbval_compares_what_is_tagged(tmp_path: Path) -> None:
     cells = []
-    for tags, stored in (([TAG], "0.25"), ([TAG], "0.26"), ([], "0.26")):
+    given = (([TAG], "0.25", {}), ([TAG], "0.26", {}), ([TAG], "0.27", {}), ([], "0.27", {}), ([TAG], "0.29", {"tolerance": 0.05}))
+    for tags, stored, more in given:
         output = nbformat.v4.new_output("stream", name="stdout", text=f"{stored}\n")
-        cells.append(nbformat.v4.new_code_cell("print(1 / 4)", outputs=[output], execution_count=1, metadata={"tags": tags}))
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "three.ipynb")
-    nbval = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "three.ipynb"]
+        cells.append(
+            nbformat.v4.new_code_cell("print(1 / 4)", outputs=[output], execution_count=1, metadata={"tags": tags, **more})
+        )
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "few.ipynb")
+    nbval = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "mmn.nbval_numbers",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "few.ipynb",
+    ]
     done = subprocess.run(nbval, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert re.findall(r"Cell \d (PASSED|FAILED)", done.stdout) == ["PASSED", "FAILED", "PASSED"], done.stdout
+    assert re.findall(r"Cell \d (PASSED|FAILED)", done.stdout) == ["PASSED", "PASSED", "FAILED", "PASSED", "PASSED"], done.stdout

@@ -124,13 +124,13 @@ def test_a_column_that_is_not_on_both_sides_is_found(squares, tmp_path):
         assert tables.check("squares", Model(), 1, seed=0, folder=tmp_path)[0].endswith(f"columns differ in {odd}.")
 
 
-def test_a_rank_may_move_as_far_as_its_slack_and_no_further(squares, tmp_path):
+def test_a_rank_may_move_as_far_as_its_tolerance_and_no_further(squares, tmp_path):
     made = tables.get("squares")
     tables.write("squares", Model(), folder=tmp_path, progress=False)
     frame = pd.read_csv(tmp_path / "squares.csv")
     frame.loc[[1, 4], "n"] += [1, 2]
     frame.to_csv(tmp_path / "squares.csv", index=False)
-    tables.table("squares", made.keys, made.columns, slack={"n": 1})(made.rows)
+    tables.table("squares", made.keys, made.columns, tolerance={"n": 1})(made.rows)
     (fault,) = tables.check("squares", Model(), 6, seed=0, folder=tmp_path)
     assert "key 4, row 0, n: 6 is stored" in fault
 
