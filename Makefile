@@ -1,20 +1,30 @@
 # make book   build the book into book/_build/html      make lab      open the chapters in JupyterLab
 # make test   run the tests                             make refresh  run the chapters again and store their outputs
-# Each makes .venv first, once; all it needs is Python 3.11.
+# Each makes .venv first, once, with the first of PYTHON that is there and has one of these versions.
 
-PYTHON ?= python3.11
+PYTHONS := 3.11 3.12 3.13
+PYTHON ?= $(PYTHONS:%=python%) python3
 BIN := .venv/bin
 HTML := book/_build/html
 CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) notebooks/report.ipynb
 # The pages depend on this code and data, which the cache of executed chapters does not look at.
 SOURCES := $(wildcard mmn/*.py mmn/*.html) $(shell find data -type f 2>/dev/null) constraints.txt
 
+SUPPORTED := import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())
+# PyPI's build for Linux brings gigabytes of CUDA, of no use without an NVIDIA GPU.
+CPU_TORCH = $(BIN)/python -m pip install --quiet --no-deps --retries 1 --timeout 10 \
+    --index-url https://download.pytorch.org/whl/cpu $$(grep ^torch== constraints.txt)
+
 .PHONY: book lab test refresh clean
 .DEFAULT_GOAL := book
 
 .venv/ready: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make needs Python 3.11: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip && exit; \
+	for python in $(PYTHON); do $$python -c '$(SUPPORTED)' 2>/dev/null && exec $$python -m venv .venv; done; \
+	echo "make needs Python 3.11, 3.12 or 3.13, and found none as: $(PYTHON)." \
+	    "Install one, or say make PYTHON=/path/to/python" >&2; exit 1
+	@test "$$(uname)" != Linux || { command -v nvidia-smi || ls /dev/nvidia*; } >/dev/null 2>&1 || $(CPU_TORCH) 2>/dev/null || \
+	    echo "PyTorch's CPU build cannot be had from its site; PyPI's comes instead, with CUDA if that is the only one."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
 	touch $@
 

@@ -3,7 +3,8 @@
 1. *vision*: the vision tower alone names what each patch shows; then it is frozen.
 2. *language*: the language model learns captions, questions and facts from text alone; where the image tokens will stand it reads a
    *word raster*, the scene written as one token per patch, and at each it says what the patch shows. Words that anything but the
-   neurons of the last layers writes have a price, and so have active neurons, negative ones above all; see `Watch`.
+   neurons of the last layers writes have a price, and so have active neurons, negative ones above all; see `Watch`. How much of each
+   of these there is, and the gate of the neurons, are settings of `Recipe`.
 3. *projector*: with both frozen, the projector learns to speak the language model's language: captions, answers, and at each image
    position the word of the patch.
 4. *tuning*: language model and projector together, lightly, three quarters on pictures, the rest on the text of stage 2, at lower prices;
@@ -23,7 +24,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,15 +51,17 @@ from transformers import (
 from mmn import scenes
 from mmn.arguments import a_path
 from mmn.bars import tqdm
-from mmn.errors import MmnError
+from mmn.errors import MmnError, finite
 from mmn.paths import whole
-from mmn.vlm import place
+from mmn.vlm import load, place
 
 STAGES = ("vision", "language", "projector", "tuning")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 VOCABULARY = 1100
 LATE = 2  # the last layers, whose neurons may write words
 WORD_PENALTY, ACTIVITY_PENALTY, NEGATIVE_PENALTY = 0.3, 0.1, 0.1  # weights in the loss of stages 2 and 4
+DOSES = ("word_price", "activity_price", "negative_price", "patch_words")  # of a Recipe
+GATES = ("relu", "silu")
 SAVE_SECONDS = 120  # between two states of a stage on disk
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -78,7 +81,12 @@ CHAT_TEMPLATE = (
 @dataclass(frozen=True)
 class Recipe:
     """What a training run does: random seed; for each stage the scenes seen, the scenes in a batch, the peak learning rate and its
-    cycles."""
+    cycles; and what shapes the neurons.
+
+    word_price, activity_price, negative_price: doses of the prices of `Watch`, each a multiple of its weight in the shipped recipe, 0
+    for none. patch_words: the same for the loss on the word asked for at each image position, of rasters and of pictures; what is read
+    there stays. gate: activation function of the language model's FFNs, one of GATES. Raises MmnError for a dose that is not a finite
+    number of at least 0, for another gate, and for a dose where training is end to end, which has none of these terms."""
 
     kind: str = "llava"  # or "end-to-end"
     seed: int = 0
@@ -86,6 +94,25 @@ class Recipe:
     batches: tuple[int, ...] = (64, 24, 32, 32)
     rates: tuple[float, ...] = (2e-3, 2e-3, 2e-3, 8e-4)
     cycles: tuple[int, ...] = (1, 1, 1, 4)
+    word_price: float = 1.0
+    activity_price: float = 1.0
+    negative_price: float = 1.0
+    patch_words: float = 1.0
+    gate: str = "relu"
+
+    def __post_init__(self) -> None:
+        for name in DOSES:
+            words = name.replace("_", " ")
+            dose = finite(f"The dose of the {words} is", getattr(self, name), least=0)
+            object.__setattr__(self, name, dose)  # 0 and 0.0 are one recipe, in a work folder, too
+            if self.kind == "end-to-end" and dose != 1:
+                raise MmnError(f"A model trained end to end has no {words} whose dose could be changed: leave the dose out.")
+        if self.gate not in GATES:
+            raise MmnError(f"The gate is one of {', '.join(GATES)}, not {self.gate!r}.")
+
+    def shaping(self) -> dict[str, float]:
+        """The dose of each shaping term in the model that comes out: all 0 end to end."""
+        return {name: getattr(self, name) if self.kind == "llava" else 0.0 for name in DOSES}
 
     def steps(self, stage: str, scale: float) -> int:
         """Optimizer steps of a stage at `scale` times the full length; 0 leaves the model untrained."""
@@ -144,11 +171,11 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )  # fmt: skip
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, gate: str = "relu") -> LlavaForConditionalGeneration:
     """An untrained tiny-llava: CLIP vision tower (6 layers), two-layer projector, Llama (8 layers of 512 gated neurons), all 256 wide.
 
-    ReLU gates, as in sparse relatives of Llama (Mirzadeh et al., arXiv 2310.04564), and heads of 16, narrower than there are nouns, as
-    heads are narrower than the vocabulary in large models: both leave the choice of a word to few neurons."""
+    ReLU gates by default, as in sparse relatives of Llama (Mirzadeh et al., arXiv 2310.04564), and heads of 16, narrower than there are
+    nouns, as heads are narrower than the vocabulary in large models: both leave the choice of a word to few neurons."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
@@ -158,7 +185,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
            for name, mark in (("bos", "s"), ("eos", "/s"), ("pad", "pad"))}  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8,
-        head_dim=16, hidden_act="relu", max_position_embeddings=512, tie_word_embeddings=False, **ids,
+        head_dim=16, hidden_act=gate, max_position_embeddings=512, tie_word_embeddings=False, **ids,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.get_vocab()["<image>"],
@@ -413,7 +440,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
         self.tokenizer = make_tokenizer()
-        model: Any = make_model(self.tokenizer, recipe.seed)
+        model: Any = make_model(self.tokenizer, recipe.seed, recipe.gate)
         self.model = model.to(device)
         torch.manual_seed(recipe.seed)
         self.head = nn.Linear(256, len(scenes.PATCH_WORDS)).to(device)  # the vision tower's teacher; dropped afterwards
@@ -425,6 +452,19 @@ class Trainer:
     def llava(self) -> Any:
         """What lies below the unembedding: vision_tower, multi_modal_projector, language_model."""
         return self.model.model
+
+    def take_vision_tower(self, name: str | Path) -> str:
+        """Put a finished checkpoint's vision tower in the place of the untrained one, and tell the checkpoint's hash. Raises MmnError
+        where there is no such checkpoint or its tower is another."""
+        vlm = load(name)
+        tower = getattr(getattr(vlm.model, "model", None), "vision_tower", None)
+        try:
+            self.llava.vision_tower.load_state_dict({} if tower is None else tower.state_dict())
+        except RuntimeError:
+            raise MmnError(
+                f"{name} has no vision tower of the form that is trained here: give a checkpoint that mmn train made."
+            ) from None
+        return vlm.hash
 
     def trained(self, stage: str) -> nn.ModuleList:
         """The modules that a stage changes."""
@@ -482,8 +522,8 @@ class Trainer:
 
     def text_loss(self, rows: Sequence[Row], images: Sequence[Image.Image], price: float = 0.0) -> Tensor:
         """Weighted sum over kinds of the mean cross-entropy of what positions say, and the penalties of `Watch` where there is a `price`:
-        those on words and activity times the price, that on negative neurons in full. The first rows read pictures where others read
-        rasters."""
+        those on words and activity times the price, that on negative neurons in full; each times its dose. The first rows read pictures
+        where others read rasters."""
         ids, targets, kinds = pad(rows, self.device)
         embeds = self.llava.language_model.embed_tokens(ids)
         if images:
@@ -491,21 +531,22 @@ class Trainer:
             embeds = embeds.masked_scatter(places[..., None], self.features(images).to(embeds.dtype))
             if self.recipe.kind == "end-to-end":  # there the captions are the only teacher
                 kinds = kinds.masked_fill(places, NOTHING)
+        recipe, weights = self.recipe, WEIGHTS | {RASTER: WEIGHTS[RASTER] * self.recipe.patch_words}
         with Watch(self.llava.language_model) as watch:
             states = self.llava.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         kept = kinds != NOTHING
         losses = F.cross_entropy(self.model.lm_head(states[kept]).float(), targets[kept], reduction="none")
         total = losses.new_zeros(())
-        for kind, weight in WEIGHTS.items():
+        for kind, weight in weights.items():
             chosen = kinds[kept] == kind
-            if chosen.any():
+            if weight and chosen.any():
                 total = total + weight * losses[chosen].mean()
-        if price:  # at image positions words come easily: they count less
-            for kind, share in ((ANSWER, 1.0), (RASTER, 0.3)):
+        if price and (recipe.word_price or recipe.activity_price or recipe.negative_price):
+            for kind, share in ((ANSWER, 1.0), (RASTER, 0.3)):  # at image positions words come easily: they count less
                 words, activity, negative = watch.penalties(kinds == kind, self.model.lm_head)
-                total = (
-                    total + price * (WORD_PENALTY * share * words + ACTIVITY_PENALTY * activity / 2) + NEGATIVE_PENALTY * negative
-                )
+                early = recipe.word_price * WORD_PENALTY * share * words
+                active = recipe.activity_price * ACTIVITY_PENALTY * activity / 2
+                total = total + price * (early + active) + recipe.negative_price * NEGATIVE_PENALTY * negative
         return total
 
 
@@ -619,32 +660,34 @@ def train(
     recipe: Recipe = Recipe(),
     scale: float = 1.0,
     only: Sequence[str] = STAGES,
-    vision: Path | None = None,
+    vision: str | Path | None = None,
     device: str | None = None,
     workers: int = 0,
 ) -> None:
     """Train the model and save it in `out` as an ordinary Hugging Face checkpoint, weights in fp16.
 
     `work` keeps the resumable state; `scale` shortens or lengthens every stage; `only` runs some of the stages (vision and language
-    do not need each other and can run side by side); `vision` is a finished checkpoint whose vision tower is taken over; `workers`
-    are processes that prepare steps ahead, which changes nothing in the model. Raises MmnError for a `work` folder of another run and an
-    `out` of other things than a checkpoint, which a checkpoint would replace."""
+    do not need each other and can run side by side); `vision` is a finished checkpoint, a shipped one by its name, whose vision tower
+    is taken over, so that only what is behind it is trained; `workers` are processes that prepare steps ahead, which changes nothing in
+    the model. The recipe, the scale and that checkpoint's hash are written into the checkpoint's config as `mmn_recipe`. Raises MmnError
+    for a `work` folder of another run, a `vision` without such a tower, and an `out` of other things than a checkpoint, which a
+    checkpoint would replace."""
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise MmnError(f"{out} holds no checkpoint that a new one could replace: give --out a folder that is new or empty.")
     if not 0 <= scale < math.inf:
         raise MmnError(f"The scale is a length relative to the full recipe, at least 0, not {scale!r}.")
     place(device, "float32")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trainer = Trainer(recipe, where)
+    tower = None if vision is None else trainer.take_vision_tower(vision)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MmnError(f"{work} cannot be made ({error.strerror}): choose another --work.") from None
-    trainer = Trainer(recipe, where)
+    trainer.model.config.mmn_recipe = {**asdict(recipe), **recipe.shaping(), "scale": scale, "vision": tower}
     stages = [stage for stage in STAGES if recipe.kind == "llava" or stage in ("vision", "tuning")]
-    if vision is not None:
+    if tower is not None:
         stages.remove("vision")
-        tower = LlavaForConditionalGeneration.from_pretrained(vision, dtype=torch.float32).model.vision_tower
-        trainer.llava.vision_tower.load_state_dict(tower.state_dict())
     for stage in stages:
         index = STAGES.index(stage)
         steps = recipe.steps(stage, scale)
@@ -674,7 +717,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every stage relative to the full recipe; 0: untrained")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
-    parser.add_argument("--vision", type=a_path, metavar="MODEL", help="take the vision tower of this checkpoint, don't train one")
+    parser.add_argument("--vision", type=a_path, metavar="MODEL",
+                        help="take the vision tower of this checkpoint, such as tiny-llava, and train only what is behind it")  # fmt: skip
+    doses = parser.add_argument_group("what shapes the neurons", "Doses: 1 as in the shipped model (the default), 0 for none.")
+    for name, text in (("word-price", "price on words that come before the last FFNs"), ("activity-price", "price on active neurons"),
+                       ("negative-price", "price on negative activations"),
+                       ("patch-words", "the word asked for at each image position")):  # fmt: skip
+        doses.add_argument(f"--{name}", type=float, default=1.0, metavar="DOSE", help=text)
+    doses.add_argument("--gate", choices=GATES, default="relu", help="gate of the FFNs (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or mps; the default is a GPU if there is one")
     parser.add_argument("--workers", type=int, default=0, metavar="PROCESSES",
                         help="prepare steps ahead, for a GPU that would wait for pictures (default: %(default)s)")  # fmt: skip
@@ -682,7 +732,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mmn train`."""
-    recipe = Recipe(kind=args.recipe, seed=args.seed)
+    shaping = {name: getattr(args, name) for name in (*DOSES, "gate")}
+    recipe = Recipe(kind=args.recipe, seed=args.seed, **shaping)
     train(args.out, args.work, recipe=recipe, scale=args.scale, only=args.only, vision=args.vision, device=args.device,
           workers=args.workers)  # fmt: skip
     return 0

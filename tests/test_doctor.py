@@ -46,6 +46,14 @@ def test_other_versions_than_the_pinned_ones_are_noted(monkeypatch: pytest.Monke
     assert finding.state == "note" and "not 0.1" in finding.found and "no-such-package" not in finding.found
 
 
+def test_a_python_that_the_tests_do_not_know_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = doctor.python()
+    assert finding.state == "ok" and not finding.todo
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.14.0")
+    (finding,) = doctor.python()
+    assert finding.state == "note" and "3.11, 3.12 or 3.13" in finding.todo
+
+
 def test_little_memory_is_to_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "memory", lambda: 0.5)
     assert states(doctor.room())["memory"] == "fix"

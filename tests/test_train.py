@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from mmn import scenes, train
+import mmn
+from mmn import families, scenes, train
 from mmn.errors import MmnError
 
 TINY = train.Recipe(scenes=(8,) * 4, batches=(4,) * 4)
@@ -149,7 +151,11 @@ def test_a_work_folder_of_another_run_is_refused(checkpoint):
         )
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"kind": "end-to-end"}], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"kind": "end-to-end"}, *({dose: 0.25} for dose in train.DOSES), {"gate": "silu"}],
+    ids=str,
+)
 def test_a_state_of_another_recipe_is_not_taken_over(tmp_path, other):
     train.run_stage(Line(), "tuning", 2, 0.1, tmp_path)
     line = Line()
@@ -192,6 +198,138 @@ def test_the_end_to_end_contrast_is_made_by_the_same_command(tmp_path):
     recipe = train.Recipe(kind="end-to-end", scenes=(8,) * 4, batches=(4,) * 4)
     train.train(args.out, args.work, recipe=recipe, device="cpu")
     assert sorted(p.stem for p in args.work.glob("*.pt")) == ["tuning", "vision"] and (args.out / "config.json").exists()
+
+
+def gradient(trainer, dialogues, price, **doses):
+    """Of the loss on two dialogues, of which the first reads a picture: of all weights behind the vision tower, in one piece."""
+    trainer.recipe = replace(TINY, **(dict.fromkeys(train.DOSES, 0) | doses))
+    return flat_gradient(trainer, trainer.text_loss(*dialogues, price))
+
+
+def flat_gradient(trainer, loss):
+    weights = list(trainer.trained("tuning").parameters())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+
+def same(one, other):
+    return torch.linalg.norm(one - other) <= 1e-5 * torch.linalg.norm(other)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    trainer = train.Trainer(TINY, torch.device("cpu"))
+    read = trainer.steps("tuning")[0]
+    return trainer, (read.rows[:2], [read.scenes[0].image])
+
+
+def said(trainer, dialogues, monkeypatch):
+    """The mean losses on answers and on image positions, and the three penalties on each, by hand."""
+    ids, targets, kinds = train.pad(dialogues[0], trainer.device)
+    seen = []
+    model, penalties = trainer.llava.language_model, train.Watch.penalties
+    handle = model.norm.register_forward_hook(lambda _, __, out: seen.append(out))
+    monkeypatch.setattr(train.Watch, "penalties", lambda *args: seen.append(penalties(*args)) or seen[-1])
+    trainer.recipe = TINY
+    total = trainer.text_loss(*dialogues, 0.5)
+    handle.remove()
+    logp = trainer.model.lm_head(seen[0]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return total, *(-logp[kinds == kind].mean() for kind in (train.ANSWER, train.RASTER)), *seen[1:]
+
+
+def test_without_settings_the_loss_is_that_of_the_shipped_model(untrained, monkeypatch):
+    total, answer, raster, at_answers, at_rasters = said(*untrained, monkeypatch)
+    prices = 0.5 * (0.3 * at_answers[0] + 0.05 * at_answers[1]) + 0.1 * at_answers[2]
+    prices += 0.5 * (0.09 * at_rasters[0] + 0.05 * at_rasters[1]) + 0.1 * at_rasters[2]
+    torch.testing.assert_close(total, answer + 0.5 * raster + prices)
+    assert train.Recipe(word_price=1, activity_price=1, negative_price=1, patch_words=1, gate="relu") == train.Recipe()
+    assert untrained[0].model.config.text_config.hidden_act == "relu"
+
+
+def test_without_its_terms_the_loss_is_that_of_the_answers(untrained, monkeypatch):
+    trainer, dialogues = untrained
+    answer = said(trainer, dialogues, monkeypatch)[1]
+    assert same(gradient(trainer, dialogues, 0.5), flat_gradient(trainer, answer))
+
+
+@pytest.mark.parametrize("dose", train.DOSES)
+def test_a_dose_multiplies_its_term(untrained, dose):
+    none, quarter, one = (gradient(*untrained, 0.5, **{dose: value}) for value in (0, 0.25, 1))
+    assert torch.linalg.norm(one - none) > 1e-3 * torch.linalg.norm(none)
+    assert torch.linalg.norm(quarter - none - (one - none) / 4) < 1e-3 * torch.linalg.norm(one - none)
+    others = {name: 1 for name in train.DOSES if name != dose}
+    assert torch.linalg.norm(
+        gradient(*untrained, 0.5, **others, **{dose: 1}) - gradient(*untrained, 0.5, **others) - one + none
+    ) < (1e-3 * torch.linalg.norm(one - none))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"word_price": -1}, "dose of the word price is a finite number of at least 0, not -1"),
+        ({"patch_words": float("nan")}, "dose of the patch words is a finite number"),
+        ({"activity_price": "1"}, "dose of the activity price is a finite number"),
+        ({"kind": "end-to-end", "negative_price": 0}, "end to end has no negative price"),
+        ({"gate": "gelu"}, "one of relu, silu, not 'gelu'"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(MmnError, match=message):
+        train.Recipe(**settings)
+
+
+def test_the_command_line_sets_what_shapes_the_neurons(monkeypatch):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    given = []
+    monkeypatch.setattr(train, "train", lambda *_, **options: given.append(options["recipe"]))
+    plain = ["--out", "m", "--work", "w"]
+    doses = ["--word-price", "0.25", "--activity-price", "0", "--negative-price", "0.5", "--patch-words", "2", "--gate", "silu"]
+    for words in (plain, plain + doses):
+        train.run(parser.parse_args(words))
+    shaped = train.Recipe(word_price=0.25, activity_price=0, negative_price=0.5, patch_words=2, gate="silu")
+    assert given == [train.Recipe(), shaped]
+
+
+def test_a_checkpoint_says_what_shaped_it(tmp_path):
+    recipe = replace(TINY, gate="silu", word_price=0.25, patch_words=0)
+    train.train(tmp_path / "m", tmp_path / "w", recipe=recipe, vision="tiny-llava", scale=0, device="cpu")
+    train.train(tmp_path / "e", tmp_path / "v", recipe=train.Recipe(kind="end-to-end"), scale=0, device="cpu")
+    vlm, shipped, other = mmn.load(tmp_path / "m"), mmn.load("tiny-llava"), AutoConfig.from_pretrained(tmp_path / "e")
+    told = vlm.model.config.mmn_recipe
+    expected = {"kind": "llava", "seed": 0, "gate": "silu", "scale": 0, "vision": shipped.hash, "batches": [4] * 4}
+    expected |= {"word_price": 0.25, "activity_price": 1, "negative_price": 1, "patch_words": 0}
+    assert expected.items() <= told.items()
+    assert other.mmn_recipe["vision"] is None and not any(other.mmn_recipe[dose] for dose in train.DOSES)
+
+
+def test_a_model_of_silu_gates_is_one_of_gated_neurons(tmp_path):
+    train.train(tmp_path / "m", tmp_path / "w", recipe=replace(TINY, gate="silu"), scale=0, device="cpu")
+    vlm = mmn.load(tmp_path / "m")
+    inputs = vlm.inputs([scenes.draw(0).image], [scenes.PROMPT], [scenes.PREFIX])
+    assert families.reconstructs(vlm.model, vlm.anatomy, inputs)
+    layer, seen = vlm.model.model.language_model.layers[0].mlp, []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        layer.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+    ]
+    with torch.no_grad():
+        vlm.model(**inputs)
+        gate = layer.gate_proj(seen[0])
+        torch.testing.assert_close(seen[1], gate * gate.sigmoid() * layer.up_proj(seen[0]))
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"), [("nobody", "There is no model 'nobody'"), ("another", "has no vision tower of the form")]
+)
+def test_a_vision_tower_that_does_not_fit_is_refused(tmp_path, monkeypatch, vision, message):
+    if vision == "another":
+        monkeypatch.setattr(train, "load", lambda _: tiny.vlm())
+    with pytest.raises(MmnError, match=message):
+        train.train(tmp_path / "m", tmp_path / "w", recipe=TINY, vision=vision, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_vision_tower_can_be_taken_over(checkpoint, tmp_path):
