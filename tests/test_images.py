@@ -129,6 +129,10 @@ def test_damaged(save, tmp_path: Path) -> None:
         path = save(noise, name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert "cut." in refused(path)
+    whole = (path := save(noise, "blank.avif")).read_bytes()
+    start = whole.index(b"mdat") + 4
+    path.write_bytes(whole[:start] + bytes(len(whole) - start))
+    assert "blank.avif is damaged" in refused(path)
     empty = tmp_path / "empty.png"
     empty.touch()
     assert "is no picture" in refused(empty)
