@@ -288,6 +288,8 @@ def run(args: argparse.Namespace) -> int:
     notes = stages.Notes("atlas")
     listed = sources.load(sources.absolute(args.images), args.count, args.seed)
     pictures = [picture for picture, _ in stages.opened(listed, notes)]
+    if left := sources.left_out(args.images):
+        print(f"left out: {left}", file=sys.stderr)
     for row in notes.rows:
         print(f"left out: {row['problem']}", file=sys.stderr)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)

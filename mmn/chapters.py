@@ -288,6 +288,8 @@ def opened(images: str, count: int) -> tuple[list[Image.Image], pd.DataFrame]:
     smaller = 0
     if dead := len(sources.dead(images)):
         print(f"{dead} addresses of the list were dead: see its manifest.csv")
+    if left := sources.left_out(images):
+        print(f"left out: {left}")
     for each in sources.load(images, sys.maxsize):
         if len(found) == count:
             break

@@ -5,8 +5,13 @@ anything is unpacked."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 
@@ -15,8 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmn.errors import MmnError
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", *(("AVIF",) if find_spec("PIL._avif") else ()))
+UNKNOWN = (".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")  # to Pillow
 MAX_PIXELS = 64_000_000
 THIN = 200  # long side over short; a processor that sets the short side would make gigabytes of a thinner picture
 
@@ -62,7 +67,7 @@ def open_image(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image
         raise MmnError(f"{name} is no picture that can be read here ({kinds}): convert it to one of these.") from None
     except PermissionError:
         raise MmnError(f"{text} may not be read: change its permissions.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:  # what Pillow's decoders raise on damaged files
         raise MmnError(f"{name} is damaged or cut short ({error}): get the picture again.") from None
 
 
@@ -90,18 +95,63 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def list_images(folder: str | PathLike[str]) -> list[Path]:
-    """The picture files of a folder, by name; files whose name begins with a dot do not count.
+    """The picture files of a folder, by name, with any ending that Pillow knows for a format read here; files whose name begins
+    with a dot do not count, and sub-folders are not searched. What is passed over, `passed_over` says.
 
     Raises MmnError if there is no such folder or no picture in it."""
     where = Path(folder)
     try:
         if not where.is_dir():
             raise MmnError(f"There is no folder {where}: give a folder with pictures.")
-        files = sorted(f for f in where.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
+        files = sorted(path for path in where.iterdir() if _kind(path.name) == "read" and path.is_file())
     except PermissionError:
         raise MmnError(f"The folder {where} may not be read: change its permissions.") from None
     except OSError as error:  # such as a name that is too long
         raise MmnError(f"The folder {where} cannot be read ({error.strerror}): give another one.") from None
     if not files:
-        raise MmnError(f"The folder {where} holds no pictures ({', '.join(sorted(SUFFIXES))}): give another one.")
+        left = passed_over(where)
+        raise MmnError(f"The folder {where} holds no pictures ({', '.join(FORMATS)}): {left or 'give another one.'}")
     return files
+
+
+def passed_over(folder: str | PathLike[str]) -> str:
+    """One sentence on what `list_images` leaves out of a folder though it looks like pictures: files of formats that are not
+    read here, and sub-folders that hold pictures. Empty where there is nothing of the kind."""
+    where, said = Path(folder), []
+    with suppress(OSError):
+        if files := sorted(path for path in where.iterdir() if _kind(path.name) == "other" and path.is_file()):
+            said.append(f"{_few(files)} cannot be read here: convert to JPEG or PNG")
+        if deeper := _with_pictures(where):
+            said.append(f"sub-folders are not searched, and {_few(deeper)} {'holds' if len(deeper) == 1 else 'hold'} pictures")
+    return f"{'; '.join(said)}." if said else ""
+
+
+def _few(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(readable(path.name) for path in paths[:3]) + more
+
+
+def _with_pictures(folder: Path) -> list[Path]:
+    """The sub-folders of a folder that hold pictures, at any depth; among its first thousand, as a home has very many."""
+    found = set()
+    for place, folders, files in itertools.islice(os.walk(folder), 1000):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if Path(place) != folder and any(_kind(name) for name in files):
+            found.add(folder / Path(place).relative_to(folder).parts[0])
+    return sorted(found)
+
+
+def _kind(name: str) -> str:
+    """What a file's name says of it: `read` for a picture that is read here, `other` for another picture, else nothing."""
+    suffix = Path(name).suffix.lower()
+    kind = _endings().get(suffix, "")
+    if name.startswith("."):
+        return ""
+    if kind in (*FORMATS, "MPO"):  # which begins as a JPEG does, and is read as one
+        return "read"
+    return "other" if suffix in UNKNOWN or Image.MIME.get(kind, "").startswith("image/") else ""
+
+
+@cache
+def _endings() -> dict[str, str]:
+    return Image.registered_extensions()  # reads all of Pillow's formats

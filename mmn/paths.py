@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,8 @@ def data_path(name: str) -> Path:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place to write a file or a folder to: it becomes `path`, in the place of what was there, when the block ends well, and vanishes
-    when it does not. Only a kill leaves it behind, as `.NAME.PID.part`.
+    when it does not. Only a kill leaves it behind, as `.NAME.PID.part`. Whatever wrote it, its permissions are those that the umask
+    gives to new files and folders.
 
     Raises MmnError where nothing can be written, such as on a full disk."""
     if not path.name:
@@ -34,8 +36,13 @@ def whole(path: Path) -> Iterator[Path]:
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)  # of a process that had this one's number, and was killed
+        part.mkdir()
+        mode = part.stat().st_mode  # of a new folder here: reading the umask itself would change it for all threads
+        part.rmdir()
         try:
             yield part
+            _permit(part, mode)
             with uninterrupted():
                 if part.is_dir() and path.exists():  # which a folder cannot take the place of
                     os.replace(path, old)
@@ -44,15 +51,33 @@ def whole(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():  # the new one did not get there
                 os.replace(old, path)
             for left in (part, old):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+                _remove(left)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MmnError(f"{path} could not be written ({reason}): free some space or choose another place.") from error
 
 
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _permit(written: Path, mode: int) -> None:
+    """Give a folder, all that it holds, or a file the permissions of new ones, where `mode` is a new folder's. safetensors makes
+    its files for their owner alone, and a copy keeps the permissions of what was copied."""
+    for path in (written, *written.rglob("*")):
+        if path.is_symlink():
+            continue
+        wanted = stat.S_IMODE(mode) if path.is_dir() else mode & 0o666
+        if stat.S_IMODE(path.stat().st_mode) != wanted:
+            with suppress(PermissionError):  # some file systems know no permissions
+                path.chmod(wanted)
+
+
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[int]:
     """Make a folder if it is not there, and hold it until the block or the process ends. One that was made for nothing is taken away.
+
+    Gives the descriptor of the lock: a child process that inherits it holds the folder as well, also when its parent is killed.
 
     Raises MmnError where another process holds it, or nothing can be written to it."""
     from filelock import FileLock, Timeout
@@ -66,8 +91,10 @@ def alone(folder: Path) -> Iterator[None]:
         raise MmnError(f"Another run is at work in {folder}: wait for it, or stop it.") from None
     except OSError as error:
         raise MmnError(f"{folder} cannot be written ({error.strerror}): give another folder.") from error
+    descriptor = lock._context.lock_file_fd
+    assert descriptor is not None  # it was acquired
     try:
-        yield
+        yield descriptor
     finally:
         with suppress(OSError):
             (folder / ".lock").unlink()

@@ -24,7 +24,7 @@ from PIL import Image
 from mmn import coco, scenes
 from mmn.errors import MmnError
 from mmn.fetch import split
-from mmn.images import list_images, open_image, readable
+from mmn.images import list_images, open_image, passed_over, readable
 from mmn.nouns import Lexicon, scene_nouns
 
 
@@ -120,6 +120,13 @@ def dead(images: str) -> pd.DataFrame:
     kind, folder, _ = _parsed(images)
     rows = _manifest(folder) if kind == "sbu" else pd.DataFrame(columns=["url", "reason", "file"])
     return rows.loc[rows["file"] == "", ["url", "reason"]]
+
+
+def left_out(images: str) -> str:
+    """One sentence on what `load` leaves out of a folder though it looks like pictures, else nothing: see
+    `mmn.images.passed_over`."""
+    kind, folder, _ = _parsed(images)
+    return "" if kind or images in ("", "scenes") else passed_over(folder)
 
 
 def _manifest(folder: Path) -> pd.DataFrame:

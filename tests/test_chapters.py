@@ -264,6 +264,9 @@ def test_pictures_that_cannot_be_opened_are_left_out_and_told(tmp_path, capsys):
     assert said.startswith("left out: 1.png is damaged") and said.count("\n") == 1
     table.to_csv(tmp_path / "pictures.csv", index=False)
     assert chapters._left_out(tmp_path / "pictures.csv") and not chapters._left_out(tmp_path / "none.csv")
+    (tmp_path / "4.heic").touch()
+    chapters.opened(str(tmp_path), 1)
+    assert capsys.readouterr().out == "left out: 4.heic cannot be read here: convert to JPEG or PNG.\n"
     for number in (0, 2, 3):
         (tmp_path / f"{number}.png").write_bytes(b"")
     with pytest.raises(MmnError, match="None of the 4 pictures"):

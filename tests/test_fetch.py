@@ -456,6 +456,9 @@ def test_scenes_and_folders(tmp_path):
     for name in ("b.png", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(jpeg())
     assert [p.id for p in sources.load(str(tmp_path))] == ["a.jpg", "b.png"]
+    assert sources.left_out(str(tmp_path)) == sources.left_out("scenes") == ""
+    (tmp_path / "c.heic").touch()
+    assert sources.left_out(str(tmp_path)).startswith("c.heic cannot be read here")
     assert sources.absolute("scenes") == "scenes"
     with pytest.raises(MmnError, match="images must not be empty"):
         sources.absolute("")

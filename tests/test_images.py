@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mmn
+from mmn import images
 from mmn.images import FORMATS
 
 
@@ -124,10 +125,14 @@ def test_too_thin(save) -> None:
 
 def test_damaged(save, tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for name in ("cut.jpg", "cut.png", "cut.gif", "cut.bmp", "cut.tiff", "cut.webp"):
+    for name in ("cut.jpg", "cut.png", "cut.gif", "cut.bmp", "cut.tiff", "cut.webp", "cut.avif"):
         path = save(noise, name)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert "cut." in refused(path)
+    whole = (path := save(noise, "blank.avif")).read_bytes()
+    start = whole.index(b"mdat") + 4
+    path.write_bytes(whole[:start] + bytes(len(whole) - start))
+    assert "blank.avif is damaged" in refused(path)
     empty = tmp_path / "empty.png"
     empty.touch()
     assert "is no picture" in refused(empty)
@@ -183,3 +188,38 @@ def test_folders(save, tmp_path: Path) -> None:
     with pytest.raises(mmn.MmnError, match="cannot be read .File name too long"):
         mmn.list_images(tmp_path / ("a" * 5000))
     assert "too long" in refused("a" * 5000)
+
+
+def test_every_ending_of_a_format_that_is_read_here_counts(save, tmp_path: Path) -> None:
+    image = Image.new("RGB", (5, 3), "red")
+    for name, kind in (
+        ("phone.JFIF", "JPEG"), ("a.jpe", "JPEG"), ("b.AVIF", "AVIF"), ("c.WebP", "WEBP"), ("d.tif", "TIFF"), ("e.TIFF", "TIFF"),
+        ("f.apng", "PNG"), ("g.pbm", "PPM"), ("h.mpo", "JPEG"), ("i.JpEg", "JPEG"),
+    ):  # fmt: skip
+        save(image, name, format=kind)
+    listed = mmn.list_images(tmp_path)
+    assert len(listed) == 10 and all(mmn.open_image(path).size == (5, 3) for path in listed)
+    assert images.passed_over(tmp_path) == ""
+
+
+def test_what_looks_like_a_picture_and_is_not_read_is_named(save, tmp_path: Path) -> None:
+    save(Image.new("RGB", (5, 3)), "a.png")
+    for name in ("notes.txt", "labels.json", "features.h5", "film.mpg", "paper.pdf", ".hidden.heic", "no-ending"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.heic").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").touch()
+    (tmp_path / ".thumbnails").mkdir()
+    save(Image.new("RGB", (5, 3)), ".thumbnails/a.png")
+    assert images.passed_over(tmp_path) == ""
+    for name in ("IMG_1.HEIC", "b.jp2", "c.psd", "d.svg", "e.NEF"):
+        (tmp_path / name).touch()
+    assert images.passed_over(tmp_path) == "IMG_1.HEIC, b.jp2, c.psd and 2 more cannot be read here: convert to JPEG or PNG."
+    assert [path.name for path in mmn.list_images(tmp_path)] == ["a.png"]
+    (tmp_path / "2024" / "deep").mkdir(parents=True)
+    save(Image.new("RGB", (5, 3)), "2024/deep/a.JPG", format="JPEG")
+    assert images.passed_over(tmp_path).endswith("PNG; sub-folders are not searched, and 2024 holds pictures.")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(mmn.MmnError, match="holds no pictures .*: IMG_1.HEIC, .* cannot be read .*, and 2024 holds pictures.$"):
+        mmn.list_images(tmp_path)
+    assert images.passed_over(tmp_path / "missing") == ""
