@@ -142,20 +142,45 @@ def chapter(name: str) -> Path:
 
 
 def parameters(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of each parameter of a notebook -> its type, default (as written) and meaning. Raises MmnError for what is no notebook."""
-    import nbformat
-    import papermill
-
+    """Name of each parameter of a notebook -> its type, default (as written) and meaning: what papermill's `inspect_notebook` says of
+    them, without the seconds in which nbformat and papermill are imported. Raises MmnError for what is no notebook."""
     try:
-        found = papermill.inspect_notebook(_plain(path))
-    except (ValueError, AttributeError, nbformat.ValidationError) as error:  # no JSON, or JSON of something else
-        if "kernel name" in str(error):
-            raise MmnError(f"{path} does not say which kernel runs it: open it in Jupyter and save it.") from None
+        notebook = json.loads(path.read_bytes())
+        tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+        kernel = notebook["metadata"].get("kernelspec", {}).get("name")
+        source = "".join(tagged[0]["source"]) if tagged else ""
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # no JSON, or JSON of something else
         raise MmnError(f"{path} is no notebook that can be read ({type(error).__name__}): give another one.") from None
-    return {
-        name: {"type": _kind(each["inferred_type_name"], each["default"]), "default": each["default"], "help": each["help"]}
-        for name, each in found.items()
-    }
+    if tagged and not kernel:
+        raise MmnError(f"{path} does not say which kernel runs it: open it in Jupyter and save it.")
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]  # IPython's own are no Python
+    try:
+        statements = ast.parse("\n".join(lines)).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise MmnError(f"The cell tagged `parameters` of {path} is no Python ({error}): mend it.") from None
+    found = {}
+    for each in statements:
+        target = each.targets[0] if isinstance(each, ast.Assign) else each.target if isinstance(each, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
+            found[target.id] = _parameter(each, each.value, "\n".join(lines))
+    return found
+
+
+def _parameter(each: ast.Assign | ast.AnnAssign, value: ast.expr, source: str) -> dict[str, Any]:
+    default = "".join(line.strip() for line in (ast.get_source_segment(source, value) or "").splitlines())
+    last = source.splitlines()[(value.end_lineno or 1) - 1].encode()[value.end_col_offset :].decode()  # ast counts bytes
+    said = re.search(r"#\s*(?:type:\s*(\S*)\s*)?(.*)", last)
+    comment, meaning = said.groups() if said else (None, "")
+    told = each.annotation if isinstance(each, ast.AnnAssign) else None
+    kind = told.value if isinstance(told, ast.Constant) else ast.unparse(told) if told else comment
+    return {"type": _kind(str(kind), default), "default": default, "help": meaning.strip()}
 
 
 def _kind(told: str, default: str) -> str:

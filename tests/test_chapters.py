@@ -1,15 +1,18 @@
 """`mmn run` and `mmn list`: parameters are checked before a kernel starts; a chapter that stops leaves a sentence."""
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import psutil
 import pytest
 import tiny
@@ -66,6 +69,64 @@ def test_a_chapter_runs_with_other_parameters_and_says_how(book, capsys):
     assert cli.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert "04_small" in listed and "top_k:" in listed and "neurons" in listed
+
+
+def by_papermill(path):
+    """Name -> type, default and meaning, as papermill finds them."""
+    kind = {"None": lambda default: type(ast.literal_eval(default)).__name__}
+    return {
+        name: (kind.get(each["inferred_type_name"], lambda _, told=each["inferred_type_name"]: told)(each["default"]),
+               each["default"], each["help"])
+        for name, each in papermill.inspect_notebook(path).items()
+    }  # fmt: skip
+
+
+ODD = """
+# what follows is odd
+offset = -5  # without a type
+shapes: list[int] = [
+    1,
+    2,
+]  # on several lines
+told = 3  # type: int the old way
+name: "str" = 'é'  # quoted
+bare = None
+"""
+
+
+def test_parameters_are_those_that_papermill_finds(book, tmp_path):
+    odd = new_code_cell(ODD)
+    odd.metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell("x = 1"), odd], metadata=kernel), tmp_path / "odd.ipynb")
+    own = sorted((Path(chapters.__file__).parent.parent / "notebooks").glob("*.ipynb"))
+    assert len(own) > 9
+    for path in [*own, tmp_path / "notebooks" / "04_small.ipynb", tmp_path / "odd.ipynb"]:
+        found = {name: tuple(each[key] for key in ("type", "default", "help")) for name, each in chapters.parameters(path).items()}
+        assert found == by_papermill(path) and list(found) == list(by_papermill(path)), path
+    assert len(found) == 5
+
+
+def test_parameters_that_are_no_python_are_a_sentence_and_magics_are_passed_over(tmp_path):
+    for number, (source, found) in enumerate((("%matplotlib inline\nk = 1", ["k"]), ("k <- 1 +", None))):
+        cell = new_code_cell(source)
+        cell.metadata["tags"] = ["parameters"]
+        path = tmp_path / f"{number}.ipynb"
+        nbformat.write(new_notebook(cells=[cell], metadata={"kernelspec": {"name": "k", "display_name": "k"}}), path)
+        if found:
+            assert list(chapters.parameters(path)) == found
+        else:
+            with pytest.raises(MmnError, match="is no Python"):
+                chapters.parameters(path)
+
+
+def test_listing_imports_nothing_slow():
+    code = (
+        "import sys, mmn.cli; assert mmn.cli.main(['list']) == 0; "
+        "assert not {'torch', 'transformers', 'pandas', 'matplotlib', 'nbformat', 'papermill'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "00_tour" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
