@@ -238,7 +238,7 @@ def check(**values: Any) -> dict[str, Any]:
     Raises MmnError for a parameter that papermill set and that is not among them, a number out of range or not whole, a picture that is
     none, a folder or model that does not exist, a source without pictures, a device that this machine does not have, an unknown dtype, and
     a place for results that is no folder."""
-    if unknown := [name for name in [] if name not in values]:
+    if unknown := [name for name in _injected() if name not in values]:
         raise MmnError(f"There is no parameter {unknown[0]!r}: this notebook has {', '.join(values)}.")
     _fitting(values)
     return values

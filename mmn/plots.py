@@ -42,7 +42,7 @@ def _into_the_notebook() -> None:
         shell.enable_matplotlib("inline")
 
 
-0
+_into_the_notebook()
 
 
 @functools.cache
