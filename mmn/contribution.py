@@ -28,6 +28,7 @@ Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
 Reader = Callable[[int, Tensor], Tensor]
 
 RIVALS = 32  # likeliest words that `readout` follows one by one
+BLOCK = 16  # nouns that `readout` works on at once: RIVALS + 2 float64 each for every neuron of a layer
 BATCH = 64  # nouns that `rank_all` ranks at once: a float32 each for every neuron
 
 
@@ -165,6 +166,12 @@ def readout_of(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squa
     With s the norm's input and d a neuron's part in it, word v's logit `z_v = u_v . gain s / |s|` becomes that of s - d, whose length
     follows from `|s|^2 - 2 s.d + |d|^2`. The RIVALS likeliest words are followed one by one and all others as one of their mean (by
     probability), which keeps the cost at one product with so many directions a layer. The norm's epsilon is left out."""
+    blocks = [_readout(vlm, trace, nouns[start : start + BLOCK], read, squares) for start in range(0, len(nouns), BLOCK)]
+    return [torch.cat(layer) for layer in zip(*blocks, strict=True)]
+
+
+def _readout(vlm: VLM, trace: Trace, nouns: Sequence[Noun], read: Reader, squares: Reader) -> list[Tensor]:
+    """`readout_of` for a block of nouns."""
     stream, logits = _moments(vlm, trace, nouns)
     count = len(nouns)
     p, first = logits.softmax(-1), logits.clone()
@@ -288,7 +295,8 @@ def gate_only(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def keep(out: Tensor) -> None:
-        seen.append(out[0, out.shape[1] - last - 1 :].float().cpu())
+        rows = out[0, out.shape[1] - last - 1 :]
+        seen.append(rows.to("cpu", torch.float32, copy=True))  # a view would keep every position
 
     with hooked(ffn.watch_gate(keep) for ffn in vlm.anatomy.ffns):
         vlm.model(**vlm.replay(trace, last), use_cache=False)
@@ -300,22 +308,22 @@ def gate_only(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
 def gradient(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """`a_i dy_t/da_i` at the generating position: the total effect to first order, later layers included. One backward pass a
     noun."""
-    values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
-    return [
-        torch.stack([(z[0, -1].float() * g[0, -1].float()).cpu() for z, g in each])
-        for each in zip(*(v[0] for v in values), strict=True)
-    ]
+    found = []
+    for noun in nouns:  # each summed up before the next: all positions of all layers are large
+        seen, _ = _activations_and_gradients(vlm, trace, noun)
+        found.append([(z[0, -1].float() * g[0, -1].float()).cpu() for z, g in seen])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
 def gradient_image(vlm: VLM, trace: Trace, nouns: Sequence[Noun]) -> list[Tensor]:
     """`sum over image positions of a_i dy_t/da_i`, Schwettmann et al.: total effect of what the neuron does at the picture."""
     if trace.image is None:
         raise MmnError("The score gradient_image needs a picture, and this text was written without one.")
-    values = [_activations_and_gradients(vlm, trace, noun) for noun in nouns]
-    return [
-        torch.stack([(z[mask].float() * g[mask].float()).sum(0).cpu() for (z, g), (_, mask) in zip(each, values, strict=True)])
-        for each in zip(*(v[0] for v in values), strict=True)
-    ]
+    found = []
+    for noun in nouns:
+        seen, mask = _activations_and_gradients(vlm, trace, noun)
+        found.append([(z[mask].float() * g[mask].float()).sum(0).cpu() for z, g in seen])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
 @torch.inference_mode(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import real
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_edit_families import Family
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mmn
 from mmn import decompose, oracle, properties
@@ -181,6 +184,51 @@ def taken_out(vlm: mmn.VLM, trace: mmn.Trace, noun: Noun, bend: Callable[[Tensor
         return bend(x @ weight.T).log_softmax(-1)[:, noun.token]
 
     return log_p(stream) - log_p(stream - part)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that anything gives."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        kept = [each.untyped_storage().nbytes() for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.bytes = max([self.bytes, *kept])
+        return out
+
+
+@pytest.mark.parametrize("score", list(mmn.SCORES))
+def test_many_nouns_take_little_more_memory_than_their_scores(score: str) -> None:
+    """Nothing on the way is larger for 64 nouns than the scores themselves, or than what 16 nouns take."""
+    vlm, trace = caption()
+    nouns = [Noun("x", "x", 5 + n, n % len(trace.tokens), (0, 1)) for n in range(64)]
+    with Largest() as few:
+        mmn.SCORES[score](vlm, trace, nouns[:16])
+    with Largest() as many:
+        mmn.SCORES[score](vlm, trace, nouns)
+    words = vlm.anatomy.unembedding.out_features
+    assert many.bytes <= max(few.bytes, 4 * len(nouns) * max(vlm.anatomy.total, words))
+
+
+@pytest.mark.parametrize("score", ["readout", "gradient", "gradient_image", "gate_only"])
+def test_scores_of_many_nouns_are_those_of_each(score: str) -> None:
+    vlm, trace = caption()
+    nouns = [Noun("x", "x", 5 + n, n % len(trace.tokens), (0, 1)) for n in range(40)]
+    found = mmn.SCORES[score](vlm, trace, nouns)
+    for row, noun in enumerate(nouns):
+        for layer, one in zip(found, mmn.SCORES[score](vlm, trace, [noun]), strict=True):
+            torch.testing.assert_close(layer[row], one[0], rtol=1e-4, atol=1e-5)
+
+
+def test_readout_of_many_nouns_is_the_true_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every other word followed, what log p loses is exact; blocks of 16 and a rest."""
+    vlm, trace = caption()
+    monkeypatch.setattr("mmn.contribution.RIVALS", 10**6)
+    nouns = [Noun("x", "x", 5 + n, n % len(trace.tokens), (0, 1)) for n in range(36)]
+    found = mmn.SCORES["readout"](vlm, trace, nouns)[-1]
+    right = torch.stack([taken_out(vlm, trace, noun) for noun in nouns])
+    torch.testing.assert_close(found.double(), right, rtol=1e-3, atol=1e-4)
 
 
 def test_scores_of_log_p_in_half_precision_where_the_noun_is_certain() -> None:
