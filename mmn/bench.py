@@ -27,7 +27,7 @@ from mmn.contribution import contributions, rank
 from mmn.errors import MmnError
 from mmn.nouns import Noun
 from mmn.paths import put
-from mmn.vlm import PREFIX, PROMPT, VLM, load, place, quiet
+from mmn.vlm import PREFIX, PROMPT, VLM, load, place
 
 
 def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 50) -> dict[str, Any]:
@@ -44,8 +44,7 @@ def bench(vlm: VLM, pictures: int = 10, repeats: int = 3, max_new_tokens: int = 
         inputs = vlm.inputs([image], [PROMPT], [PREFIX])
 
         def plain(inputs: dict[str, torch.Tensor] = inputs) -> Any:
-            with quiet(), torch.no_grad():
-                return vlm.model.generate(**inputs, generation_config=vlm.generation(max_new_tokens))
+            return vlm.decode(inputs, vlm.generation(max_new_tokens))
 
         def recorded(inputs: dict[str, torch.Tensor] = inputs, image: Image.Image = image) -> Any:
             return vlm.generate(inputs, [image], [PROMPT], [PREFIX], max_new_tokens, record=True)

@@ -38,7 +38,7 @@ from mmn.metrics import Interval
 from mmn.nouns import Noun
 from mmn.scenes import CONCEPTS, HELD_OUT_STYLE, PLACES, Placed, Scene, free_box, recompose, sprites
 from mmn.trace import WINDOW, Trace
-from mmn.vlm import PREFIX, VLM
+from mmn.vlm import PREFIX, VLM, hub
 from mmn.weights import matrix
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Reading:
     def trace(self, row: int) -> Trace:
         """One row as a Trace."""
         record = list(torch.cat([layer[row] for layer in self.activations], -1)) if self.activations else None
-        return replace(self.of, logprobs=self.logp[row], record=record, image=self.images[row])
+        return replace(self.of, logprobs=self.logp[row].clone(), record=record, image=self.images[row])
 
 
 @torch.no_grad()
@@ -179,7 +179,8 @@ def reread(vlm: VLM, trace: Trace, images: Sequence[Image.Image] | None = None, 
     seen = [torch.zeros(len(images), steps, neurons) for neurons in vlm.anatomy.neurons] if record else []
 
     def watch(layer: int, activations: Tensor) -> None:
-        seen[layer] = activations[:, activations.shape[1] - steps :].float().cpu()
+        last = activations[:, activations.shape[1] - steps :]
+        seen[layer] = last.to("cpu", torch.float32, copy=True)  # a view would keep every position
 
     watched = vlm.anatomy.ffns if record else []
     with copies, hooked(ffn.watch(partial(watch, layer)) for layer, ffn in enumerate(watched)):
@@ -563,8 +564,9 @@ class ClipEncoder:
 
         self.name = name
         try:
-            self.model = CLIPModel.from_pretrained(name, dtype=torch.float32).eval()
-            self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
+            with hub(name):
+                self.model = CLIPModel.from_pretrained(name, dtype=torch.float32).eval()
+                self.processor = CLIPProcessor.from_pretrained(name, backend="pil")
         except OSError as error:
             raise MmnError(
                 f"There is no CLIP checkpoint {name!r} here: give a folder, or its name while you are online."
@@ -593,8 +595,9 @@ class BertEncoder:
 
         self.name, self.layer = name, layer
         try:
-            self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            with hub(name):
+                self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
             raise MmnError(f"There is no text encoder {name!r} here: give a folder, or its name while you are online.") from error
 

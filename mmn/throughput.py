@@ -24,7 +24,7 @@ from mmn.bars import tqdm
 from mmn.contribution import rank_all
 from mmn.errors import MmnError
 from mmn.pieces import about
-from mmn.vlm import PREFIX, PROMPT, VLM, load, quiet
+from mmn.vlm import PREFIX, PROMPT, VLM, load
 
 RELEASE = 8  # pictures for the slow loop
 
@@ -72,8 +72,7 @@ def _ours(vlm: VLM, images: list[Image.Image], limit: int) -> None:
 
 def _plain(vlm: VLM, images: list[Image.Image], limit: int, cache: bool) -> object:
     inputs = vlm.inputs(images, [PROMPT] * len(images), [PREFIX] * len(images))
-    with quiet(), torch.no_grad():
-        return vlm.model.generate(**inputs, generation_config=vlm.generation(limit), use_cache=cache)
+    return vlm.decode(inputs, vlm.generation(limit), use_cache=cache)
 
 
 def _peak() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -42,6 +42,11 @@ class Trace:
     tokenizer: Any = field(repr=False)
     context: list[int] = field(repr=False)
     lexicon: Lexicon = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, each tensor with no more memory behind it than its own: a pickle writes all of it for each."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {"record": self.record and [row.clone() for row in self.record]}
 
     @property
     def recorded(self) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
 from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import (
@@ -35,6 +40,7 @@ from mmn import nouns, weights
 from mmn.anatomy import Anatomy, find
 from mmn.bars import tqdm
 from mmn.errors import MmnError, whole_number
+from mmn.hooks import hooked
 from mmn.images import to_rgb
 from mmn.paths import data_path
 from mmn.scenes import PROMPT as PROMPT
@@ -42,6 +48,7 @@ from mmn.trace import WINDOW, Recorder, Trace
 
 PREFIX = "An image of"
 WHOLE, BLOCK = 1 << 28, 1 << 14  # bytes of a weight file that are hashed: all up to so many, else so many in each MiB
+SWITCHED = "HF_HUB_OFFLINE is set"
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes; any other text is one device
 
 
@@ -160,6 +167,7 @@ class VLM:
         mark = getattr(self.processor, "image_token", "") if image else ""
         # Contents in parts, as most templates take them; some, of models that came before those, take a text.
         forms: list[tuple[Any, Any]] = [(asked, [{"type": "text", "text": prefix}]), (f"{mark}\n{prompt}".lstrip("\n"), prefix)]
+        reasons: list[str] = []
         for question, answer in forms:
             conversation = [{"role": "user", "content": question}]
             conversation += [{"role": "assistant", "content": answer}] if prefix else []
@@ -167,12 +175,15 @@ class VLM:
             try:
                 text: str = self.processor.apply_chat_template(conversation, **more)
             except Exception as error:  # a template is a program of its own
-                reason = _line(error)
+                # What it says itself, by raise_exception, before what goes wrong in it.
+                reasons.insert(0 if type(error) is TemplateError else len(reasons), _line(error))
                 continue
             if prompt in text and str(question) not in text or question is forms[1][0]:
                 return text
-            reason = "it leaves out the prompt"
-        raise MmnError(f"The model's chat template refuses this conversation: {reason}")
+            reasons.append("it leaves out the prompt")
+        if prefix and not ended:  # the reason may be one of a finished conversation, too, and is then told plainly
+            self._conversation(prompt, prefix, image, ended=True)
+        raise MmnError(f"The model's chat template refuses this conversation: {reasons[0]}")
 
     def _take_template(self) -> None:
         """Use the tokenizer's chat template, where the processor has none, if it leaves the picture's mark in its place."""
@@ -275,12 +286,22 @@ class VLM:
         return self.caption(image, text, "", max_new_tokens, record=False).text.strip()
 
     def generation(self, max_new_tokens: int) -> GenerationConfig:
-        """Plain greedy decoding, whatever the checkpoint's own settings are, with its own special tokens."""
+        """Plain greedy decoding, with the checkpoint's own special tokens."""
         return GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-            temperature=1.0, top_k=50, top_p=1.0, min_new_tokens=0, return_dict_in_generate=False,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
             eos_token_id=sorted(self.end_tokens) or None,
-        )  # fmt: skip
+            pad_token_id=getattr(self.tokenizer, "pad_token_id", None),
+        )
+
+    @torch.no_grad()
+    def decode(self, inputs: Mapping[str, Tensor], config: GenerationConfig, **options: Any) -> Tensor:
+        """`model.generate` by these settings and none that the checkpoint brings: token ids `[batch, positions]`."""
+        settings = (_Unset(each) for each in self.model.modules() if _has_settings(each))
+        with hooked(settings), quiet():
+            ids: Tensor = self.model.generate(**inputs, generation_config=config, **options)
+        return ids
 
     @torch.no_grad()
     def generate(
@@ -299,9 +320,9 @@ class VLM:
             raise MmnError("Beam search reads several answers a picture side by side and cannot be recorded: say record=False.")
         probabilities = _LogProbabilities()
         recorder = Recorder(self.anatomy)
-        with recorder.on() if record else nullcontext(), quiet():
+        with recorder.on() if record else nullcontext():
             try:
-                out = self.model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([probabilities]))
+                out = self.decode(inputs, config, logits_processor=LogitsProcessorList([probabilities]))
             except MmnError:
                 raise
             except (TypeError, ValueError) as error:
@@ -321,12 +342,12 @@ class VLM:
         for row in range(len(images)):
             stops = [step for step, token in enumerate(tokens[row].tolist()) if token in ends]
             steps = stops[0] if stops else tokens.shape[1]
-            said = tokens[row, :steps]
+            said = tokens[row, :steps].clone()  # a view would keep the whole batch in memory
             context = inputs["input_ids"][row, -WINDOW:].tolist()
             trace = Trace(
-                said, bool(stops), logprobs[row, :steps],
-                [step[row] for step in recorder.steps[:steps]] if record else None, self.anatomy.neurons,
-                stream[row, :steps] if stream is not None else None,
+                said, bool(stops), logprobs[row, :steps].clone(),
+                [step[row].clone() for step in recorder.steps[:steps]] if record else None, self.anatomy.neurons,
+                stream[row, :steps].clone() if stream is not None else None,
                 images[row], prompts[row], prefixes[row], self.tokenizer, context, self.lexicon,
             )  # fmt: skip
             traces.append(trace)
@@ -352,7 +373,11 @@ class VLM:
         """The special token that the chat template sets behind an answer, if it sets one."""
         if getattr(self.processor, "chat_template", None) is None:
             return []
-        behind = self._conversation(PROMPT, PREFIX, False, ended=True).rpartition(PREFIX)[2]
+        try:
+            told = self._conversation(PROMPT, PREFIX, False, ended=True)
+        except MmnError:  # some want a picture
+            told = self._conversation(PROMPT, PREFIX, True, ended=True)
+        behind = told.rpartition(PREFIX)[2]
         ids = [id for id in self.tokenizer(behind, add_special_tokens=False).input_ids if self.tokenizer.decode([id]).strip()]
         return ids[:1] if ids and ids[0] in self.tokenizer.added_tokens_decoder else []
 
@@ -383,6 +408,29 @@ class _Around(NamedTuple):
     nested: bool
     text: str
     tokens: int
+
+
+def _has_settings(module: Any) -> bool:
+    return isinstance(getattr(module, "generation_config", None), GenerationConfig)
+
+
+class _Unset:
+    """Sets a module's own settings of generation aside until it is removed: transformers fills in from them whatever a
+    GenerationConfig leaves open. The tokens stay, which some models look up there."""
+
+    def __init__(self, module: Any):
+        own = module.generation_config
+        self.module, self.own = module, own
+        module.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )
+
+    def remove(self) -> None:
+        """Put them back."""
+        self.module.generation_config = self.own
 
 
 class _LogProbabilities(LogitsProcessor):
@@ -452,27 +500,32 @@ def load(
     default, whatever the checkpoint holds), `bfloat16`, `float16` or `auto`. revision: branch, tag or commit on the Hub. lexicon, prompt:
     as in `VLM`.
     Further options, such as `quantization_config`, go to `from_pretrained`. Only safetensors are read, and a download's own
-    code runs only with `trust_remote_code=True`. Raises MmnError where there is no such model, it reads no pictures, or weights
+    code runs only with `trust_remote_code=True`. Where the Hub cannot be reached, or with HF_HUB_OFFLINE=1 in the environment, a
+    name is looked up in its cache alone. Raises MmnError where there is no such model, it reads no pictures, or weights
     are missing."""
     where = resolve(name)
     kind = place(device_map, dtype)  # before anything slow
     simple = isinstance(device_map, str) and device_map not in SPREAD
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with quiet():
+    with quiet(), hub(where, revision) as offline:
         try:
             config = AutoConfig.from_pretrained(where, **common)
             builder = _builder(config)
             if builder is None:
                 raise MmnError(f"{name} is a {config.model_type}, which does not write text about pictures: choose another model.")
             _check_kind(config, str(name))
-            files = _weight_files(where, revision)
+            files = _weight_files(where, revision, offline)
             try:
                 processor = AutoProcessor.from_pretrained(where, backend="pil", **common)
             except (OSError, ValueError) as error:
-                if not _line(error).startswith(("Can't load", "Unrecognized")):
+                if "the backend tokenizer" in (line := _line(error)):  # and goes on for five lines
+                    raise MmnError(_lacks(where, revision, "a tokenizer that can be read", offline)) from error
+                if not line.startswith(("Can't load", "Unrecognized")):
                     raise
                 processor = None  # there is none
             if not callable(getattr(processor, "tokenizer", None)):
+                if offline:
+                    raise MmnError(_lacks(where, revision, "a processor of pictures and words", offline))
                 raise MmnError(
                     f"{name} has no processor of pictures and words together: write one as the page Bring your own model of the book "
                     "shows, and hand it with the model to mmn.VLM."
@@ -488,10 +541,12 @@ def load(
             needs = f"it needs {package.group(1).lower()}, which is not installed" if package else _line(error)
             raise MmnError(f"{name} could not be loaded: {needs}") from error
         except Exception as error:  # whatever transformers, safetensors and the Hub's client raise on files that are not whole
-            if "couldn't connect" in _line(error):
-                advice = "go online, or give the folder of a saved model"
-                raise MmnError(f"{name} is not on this machine, and the Hub cannot be reached: {advice}.") from error
+            if offline and "couldn't connect" in _line(error):
+                raise MmnError(_lacks(where, revision, "a file", offline)) from error
             raise MmnError(f"{name} could not be loaded: {_line(error)}") from error
+    if offline and offline != SWITCHED:
+        note = f"{name} comes from this machine's cache, because {offline}"
+        warnings.warn(f"{note}: HF_HUB_OFFLINE=1 skips the attempt.", stacklevel=2)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise MmnError(f"The checkpoint {name} lacks {len(missing)} weights, such as {missing[0]}: it is not whole.")
@@ -501,6 +556,45 @@ def load(
         except torch.OutOfMemoryError as error:
             raise MmnError(f"{name} does not fit {device_map}: {_line(error)}") from error
     return VLM(model, processor, str(name), lexicon=lexicon, prompt=prompt, hash=hash_files(files))
+
+
+@contextmanager
+def hub(name: str, revision: str | None = None) -> Iterator[str]:
+    """Load what has this name during the block. Where the Hub does not answer a first attempt, its
+    cache alone is read, as under HF_HUB_OFFLINE=1: its client would try again for every file.
+
+    Gives why the Hub is not asked, empty where it is, or where `name` is a folder."""
+    before = constants.HF_HUB_OFFLINE
+    reason = "" if os.path.isdir(name) else SWITCHED if before else _unreachable(name, revision)
+    constants.HF_HUB_OFFLINE = before or bool(reason)
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _unreachable(name: str, revision: str | None) -> str:
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            return ""  # it answers, and what loads says what is wrong
+        reason = _line(error)
+    except ValueError:
+        return ""  # no name of a repository, which is said there, too
+    except Exception as error:  # whatever the client of the client raises: no network, no proxy
+        reason = _line(error)
+    return f"the Hub cannot be reached ({reason})"
+
+
+def _lacks(name: str, revision: str | None, what: str, offline: str) -> str:
+    """That a checkpoint is not whole, and what to do: a folder, or one that the Hub has or, `offline`, the Hub's cache."""
+    if not offline:
+        return f"{name} lacks {what}: get the whole checkpoint, or take another."
+    begun = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    lack = f"The part of {name} that is on this machine lacks {what}" if begun else f"{name} is not on this machine"
+    advice = "unset it" if offline == SWITCHED else "go online"
+    return f"{lack}, and {offline}: {advice}, or give the folder of a saved model."
 
 
 def _check_kind(config: Any, name: str) -> None:
@@ -552,16 +646,22 @@ def resolve(name: str | PathLike[str]) -> str:
         return text
 
 
-def _weight_files(where: str, revision: str | None) -> list[Path]:
-    """The weight files of a checkpoint, which this downloads if need be."""
+def _weight_files(where: str, revision: str | None, offline: str) -> list[Path]:
+    """The weight files of a checkpoint, which this downloads if need be and not `offline`."""
     index = cached_file(where, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:
         single = cached_file(where, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
+        if single is None and offline:
+            raise MmnError(_lacks(where, revision, "weights in safetensors", offline))
         if single is None:
             raise MmnError(f"{where} has no weights in safetensors, the only format that is read here: convert them first.")
         return [Path(single)]
     from transformers.utils.hub import get_checkpoint_shard_files
 
+    if offline or os.path.isdir(where):
+        for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
+            if cached_file(where, name, revision=revision, _raise_exceptions_for_missing_entries=False) is None:
+                raise MmnError(_lacks(where, revision, name, offline))
     shards, _ = get_checkpoint_shard_files(where, index, revision=revision)
     return [Path(shard) for shard in shards]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mplug_owl2
@@ -18,7 +20,7 @@ from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import mmn
-from mmn import editors, scenes
+from mmn import editors, properties, scenes
 from mmn.trace import Trace
 from mmn.vlm import hash_files
 
@@ -128,11 +130,6 @@ def test_load_refuses(folder: Path, copy: Path, tmp_path: Path) -> None:
     (copy / "elsewhere").rename(copy / "model.safetensors")
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
     assert "could not be loaded" in refusal(mmn.load, copy)
-
-
-def test_a_name_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "is not on this machine, and the Hub cannot be reached: go online" in refusal(mmn.load, "no-such-owner/no-such-model")
 
 
 def test_load_refuses_a_part_of_a_model(copy: Path) -> None:
@@ -271,6 +268,20 @@ def test_a_trace_is_what_the_model_does() -> None:
             torch.testing.assert_close(seen[i][-steps:], activations, rtol=1e-4, atol=1e-5)
 
 
+def test_a_kept_trace_keeps_nothing_of_its_batch() -> None:
+    """Each tensor has memory of its own, and a pickle gives the same activations."""
+    vlm = tiny.vlm()
+    images = tiny.pictures(8)
+    alone, together = vlm.caption(images[:1], max_new_tokens=12)[0], vlm.caption(images, max_new_tokens=12)[0]
+    again = properties.reread(vlm, alone, images, record=True).trace(0)
+    assert again.logprobs.untyped_storage().nbytes() == again.logprobs.nbytes
+    tensors = [together.tokens, together.logprobs, together.stream, *together.record]
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in tensors)
+    for trace in (alone, together, again):
+        bare = replace(trace, tokenizer=None, lexicon=None, image=None)
+        assert all(map(torch.equal, pickle.loads(pickle.dumps(bare)).activations, bare.activations))
+
+
 def hooks(vlm: mmn.VLM) -> list[tuple[int, int]]:
     return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in vlm.model.modules()]
 
@@ -391,20 +402,45 @@ def test_without_a_chat_template() -> None:
     assert vlm.caption(tiny.pictures(1)[0], max_new_tokens=3).text.startswith("An image of")
 
 
+OWN = "{{ raise_exception('Only Latin is spoken here') }}"
+PARTS = (
+    "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+    "{% endfor %}</s>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (OWN, "Only Latin is spoken here"),
+        ("{% for m in messages %}{% if m['content'] is string %}{{ m['content'] + 1 }}{% endif %}{% endfor %}" + OWN, "Only Latin"),
+        ("{% for m in messages %}{{ m['content'] + '' }}{% endfor %}" + OWN, "Only Latin is spoken here"),
+        ("{{ messages[0].content.no.such }}", "has no attribute 'no'"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_template_that_refuses_is_quoted(template: str, reason: str) -> None:
+    """And not what goes wrong when the conversation is then put another way."""
+    told = refusal(mmn.VLM(*tiny.llava_parts(template=template)).caption, tiny.pictures(1)[0])
+    assert "chat template refuses this conversation" in told and reason in told
+
+
+def test_a_template_that_wants_a_picture() -> None:
+    """A caption has one: the end of an answer, looked up in words alone, must not say that there is none."""
+    wants = "{% if messages[0]['content'][0]['type'] != 'image' %}{{ raise_exception('Show a picture') }}{% endif %}"
+    one, other = (mmn.VLM(*tiny.llava_parts(template=more + PARTS)) for more in (wants, ""))
+    image = tiny.pictures(1)[0]
+    assert one.caption(image, max_new_tokens=3).text == other.caption(image, max_new_tokens=3).text
+    assert one.end_tokens == other.end_tokens == {2}
+    assert "Show a picture" in refusal(one.answer, "hello")
+
+
 def test_beginning_mark_once() -> None:
     """The tokenizer adds the mark, or the template does, but never both."""
     for template in (tiny.TEMPLATE, "<s>" + tiny.TEMPLATE):
         vlm = mmn.VLM(*tiny.llava_parts(template=template))
         ids = vlm.inputs(tiny.pictures(1), [mmn.PROMPT], [mmn.PREFIX])["input_ids"][0].tolist()
         assert ids[0] == 1 and ids.count(1) == 1
-
-
-def test_the_checkpoints_own_decoding_settings_do_not_count() -> None:
-    vlm = mmn.VLM(*tiny.llava_parts())
-    image = tiny.pictures(1)[0]
-    plain = vlm.caption(image)
-    vlm.model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=3, top_k=5)
-    assert vlm.caption(image).text == plain.text
 
 
 def test_beams_are_not_recorded() -> None:
