@@ -8,17 +8,21 @@ from __future__ import annotations
 import difflib
 import functools
 import html
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
+from matplotlib.backends import backend_registry
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from mmn import kernels
 from mmn.errors import MmnError
 
 if TYPE_CHECKING:
@@ -26,6 +30,19 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
 HEAT = "magma"  # even steps of lightness: reads in grey, too
+
+
+def _into_the_notebook() -> None:
+    """In a Jupyter kernel, show figures below their cells whatever MPLBACKEND says: clusters set it to agg, for scripts, and ipykernel
+    then leaves it at that, so that chapters would have no figures. A backend that the notebook chose itself stays."""
+    shell, given = kernels.shell(), os.environ.get("MPLBACKEND", "").lower()
+    if shell is None or given not in {*backend_registry.list_builtin()} - {"nbagg", "notebook"}:
+        return
+    if matplotlib.get_backend().lower() in (given, "agg"):  # agg: what a window's backend becomes without a display
+        shell.enable_matplotlib("inline")
+
+
+_into_the_notebook()
 
 
 @functools.cache
