@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmn import kernels
 from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import alone, put, whole
@@ -195,7 +196,7 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
     if values.get("images") == "scenes":
         values["images"] = ""  # a chapter draws its own
     kinds = dict.fromkeys(RANGES, "int") | dict.fromkeys(TEXTS, "str")  # a notebook of one's own may mean something else by a name
-    check(**{name: value for name, value in values.items() if kinds.get(name) == known[name]["type"]})
+    _fitting({name: value for name, value in values.items() if kinds.get(name) == known[name]["type"]})
     if values.get("images"):
         from mmn import sources
 
@@ -207,10 +208,27 @@ def checked(path: Path, given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check(**values: Any) -> dict[str, Any]:
-    """The parameters of a chapter, as they were given; those of other names than the chapters' pass.
+    """All parameters of a chapter, as they were given; those of other names than the chapters' pass.
 
-    Raises MmnError for a number out of range or not whole, a picture that is none, a folder or model that does not exist, a source without
-    pictures, a device that this machine does not have, an unknown dtype, and a place for results that is no folder."""
+    Raises MmnError for a parameter that papermill set and that is not among them, a number out of range or not whole, a picture that is
+    none, a folder or model that does not exist, a source without pictures, a device that this machine does not have, an unknown dtype, and
+    a place for results that is no folder."""
+    if unknown := [name for name in _injected() if name not in values]:
+        raise MmnError(f"There is no parameter {unknown[0]!r}: this notebook has {', '.join(values)}.")
+    _fitting(values)
+    return values
+
+
+def _injected() -> list[str]:
+    """The names that papermill set in the notebook that runs this, in the cell that it adds: a comment `Parameters`, then a line for each
+    value. None outside of a notebook, or where nothing was set."""
+    own = kernels.shell()
+    cells = [cell for cell in (own.user_ns["In"] if own else []) if cell.startswith("# Parameters\n")]
+    return re.findall(r"^(\w+) = ", cells[-1], re.MULTILINE) if cells else []  # the last: it may have been mended and run again
+
+
+def _fitting(values: Mapping[str, Any]) -> None:
+    """Raises MmnError for a value that `check` refuses."""
     for name, value in values.items():
         if name in RANGES:
             low, high = RANGES[name]
@@ -241,7 +259,6 @@ def check(**values: Any) -> dict[str, Any]:
         from mmn import vlm  # reads torch, which takes seconds
 
         vlm.place(values.get("device") or None, values.get("dtype", "float32"))
-    return values
 
 
 def _place(folder: Path) -> None:
@@ -386,9 +403,11 @@ def _run_through(path: Path, values: Mapping[str, Any], folder: Path, progress: 
 
     part, done = folder / f".{path.stem}.part.ipynb", folder / f"{path.stem}.ipynb"
     try:
-        papermill.execute_notebook(
-            _plain(path), _plain(part), values, progress_bar=progress, execution_timeout=cell_seconds, kernel_name="python3",
-        )  # fmt: skip
+        with kernels.private() as options:
+            papermill.execute_notebook(
+                _plain(path), _plain(part), values, progress_bar=progress, execution_timeout=cell_seconds, kernel_name="python3",
+                **options,
+            )  # fmt: skip
     except NoSuchKernel:
         part.unlink(missing_ok=True)
         raise MmnError("There is no kernel python3 here: pip install ipykernel, then python -m ipykernel install --user.") from None

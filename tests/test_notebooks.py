@@ -126,6 +126,34 @@ def test_a_picture_that_is_none_stops_the_tour_with_a_sentence(tmp_path: Path) -
     assert stopped.value.ename == "MmnError"
 
 
+@pytest.mark.parametrize("chapter", [*CHAPTERS, ROOT / "notebooks" / "report.ipynb"], ids=lambda path: path.stem)
+def test_a_chapter_has_all_its_parameters_checked(chapter: Path) -> None:
+    """`chapters.check` refuses what it is not given, so it is given all."""
+    calls = [node for cell in code_cells(chapter) if "chapters.check(" in cell.source for node in ast.walk(ast.parse(cell.source))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "chapters.check"]  # fmt: skip
+    given = [{each.arg: ast.unparse(each.value) for each in call.keywords} for call in calls]
+    assert given == [{name: name for name in papermill.inspect_notebook(chapter)}]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("00_tour", {"topk": 5}), ("00_tour", {"top_k": 5, "trace": "x"}), ("report", {"runs": "x"})]
+)
+def test_papermill_cannot_set_what_is_no_parameter(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    wrong = list(given)[-1]
+    with pytest.raises(
+        papermill.PapermillExecutionError, match=f"There is no parameter '{wrong}': this notebook has .*out\\."
+    ) as stopped:
+        papermill.execute_notebook(
+            ROOT / "notebooks" / f"{name}.ipynb",
+            tmp_path / "out.ipynb",
+            given,
+            execution_timeout=TIMEOUT,
+            progress_bar=False,
+            kernel_name="python3",
+        )
+    assert stopped.value.ename == "MmnError"
+
+
 @each_chapter
 def test_a_sentence_stands_before_every_figure(chapter: Path) -> None:
     said = ""
