@@ -16,10 +16,12 @@ import copy
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mmn import kernels
 from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import put, whole
@@ -33,6 +35,8 @@ ASSIGNMENT = ROOT / "notebooks" / "assignment.ipynb"
 EDITIONS = ("student", "instructor")
 SECONDS = 600  # that one cell may take
 GRADED = 120  # the same where the code is somebody else's
+# Set before all cells that are graded: `exit` would end the kernel quietly, after the cell that calls it.
+NO_EXIT = "del exit, quit"
 # Set before each check that grades: a name like `print` that an answer took is the language's again.
 OWN_NAMES = 'for _name in [name for name in dir(__import__("builtins")) if name[0] != "_"]:\n    globals().pop(_name, None)\n'
 RIGHT = re.compile(r"(right|noted)($|[:,])")  # how a check's line begins if the answer is right, or one that no cell can judge
@@ -76,9 +80,18 @@ def read(path: Path) -> NotebookNode:
     import nbformat
 
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError) as error:  # NotJSONError is a ValueError
-        raise MmnError(f"{path} is no notebook that can be read ({type(error).__name__}); hand in an .ipynb file.") from error
+        notebook = nbformat.reads(path.read_bytes(), as_version=4)  # bytes: json reads them with a byte order mark, too
+        for cell in notebook.cells:
+            cell.source.encode()  # or it cannot be sent to a kernel
+            if not all(isinstance(tag, str) for tag in cell.metadata.get("tags", [])):
+                raise TypeError("tags")
+        {cell.get("id"): cell.cell_type for cell in notebook.cells}  # ids that can be looked up
+    except OSError as error:
+        raise MmnError(f"{path} cannot be read ({error.strerror}): hand in an .ipynb file.") from error
+    except Exception as error:  # nbformat raises whatever a file of another shape makes it stumble over
+        what = "no JSON" if isinstance(error, nbformat.reader.NotJSONError) else "JSON of something else"
+        raise MmnError(f"{path} is no notebook that can be read ({what}): hand in an .ipynb file.") from error
+    return notebook
 
 
 def tagged(cell: NotebookNode, tag: str) -> bool:
@@ -133,38 +146,101 @@ def instructor(notebook: NotebookNode) -> NotebookNode:
 
 
 def answered(source: NotebookNode, submission: NotebookNode) -> NotebookNode:
-    """The student's edition of a source with the exercise cells of a submission, found by their ids; nothing else is taken from it.
+    """The student's edition of a source with the exercise cells of a submission; nothing else is taken from it. They are found by their
+    ids or, where an older tool left none, are as many as the source's and in its order.
 
     Raises MmnError if the submission has none of them."""
+    from nbformat.v4 import new_code_cell
+
     made = student(source)
-    given = {cell.get("id"): cell.source for cell in submission.cells if cell.cell_type == "code"}
+    code = [cell for cell in submission.cells if cell.cell_type == "code"]
+    given = {cell.get("id"): cell.source for cell in code}
     own = [cell for cell in made.cells if tagged(cell, "exercise")]
     if not any(cell.id in given for cell in own):
         others = [path.stem for path in sources() if any(tagged(c, "exercise") and c.id in given for c in read(path).cells)]
-        advice = f"give --source {others[0]}, whose cells it has" if others else "hand in one that was made from it"
-        raise MmnError(f"The notebook handed in has none of the exercise cells of its source: {advice}.")
+        marked = [cell.source for cell in code if tagged(cell, "exercise")]
+        if others or len(marked) != len(own):
+            advice = f"give --source {others[0]}, whose cells it has" if others else "hand in one that was made from it"
+            ids = (
+                "" if any(cell.get("id") for cell in code) else f" Its cells have no ids, and {len(marked)} are tagged `exercise`."
+            )
+            raise MmnError(f"The notebook handed in has none of the exercise cells of its source: {advice}.{ids}")
+        given = {cell.id: answer for cell, answer in zip(own, marked, strict=True)}
     for cell in made.cells:
         if tagged(cell, "exercise"):
             cell.source = given.get(cell.id, cell.source)
         elif tagged(cell, "check"):
             cell.source = OWN_NAMES + cell.source
+    made.cells.insert(0, new_code_cell(NO_EXIT))
     return made
 
 
-def executed(notebook: NotebookNode, folder: Path, seconds: int = SECONDS) -> NotebookNode:
-    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it, one that takes longer than `seconds` is
-    interrupted. Where the kernel dies, what ran keeps its outputs and the rest has none."""
+class Stopped(NamedTuple):
+    """Where a run ended before its time: the number of the cell, and why, as the end of a sentence."""
+
+    cell: int
+    why: str
+
+
+def executed(notebook: NotebookNode, folder: Path, seconds: int = SECONDS) -> tuple[NotebookNode, Stopped | None]:
+    """A copy of the notebook, run from top to bottom in `folder`; cells that fail don't stop it. One that takes longer than `seconds`
+    does, and so does the end of the kernel: what ran before keeps its outputs, and what stands behind has none."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     made = copy.deepcopy(notebook)
-    options: dict[str, Any] = {"timeout": seconds, "interrupt_on_timeout": True, "allow_errors": True}
-    place: dict[str, Any] = {"metadata": {"path": str(folder)}}
-    try:
-        NotebookClient(made, kernel_name="python3", resources=place, **options).execute()
-    except (CellTimeoutError, DeadKernelError) as error:
-        print(f"stopped: {str(error).splitlines()[0]}")
-    return made
+    begun = [0]
+    with kernels.private() as options:
+        client = NotebookClient(
+            made,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+            timeout=seconds,
+            allow_errors=True,
+            on_cell_start=lambda cell, cell_index: begun.append(cell_index),
+            **options,
+        )
+        try:
+            client.execute()
+        except CellTimeoutError:
+            return made, Stopped(begun[-1], f"took longer than {seconds} seconds")
+        except DeadKernelError:
+            return made, Stopped(begun[-1], "ended the process that runs it, perhaps for want of memory")
+    return made, None
+
+
+def graded(source: NotebookNode, submission: NotebookNode, folder: Path) -> pd.DataFrame:
+    """`results` of the exercise cells of a submission, run in `folder`. An answer that ends the kernel, or takes longer than GRADED
+    seconds, is taken out and all is run again without it, so that it costs the other ones nothing.
+
+    Raises MmnError if the submission has none of the exercise cells, and where nothing of it is to blame for the end."""
+    made = answered(source, submission)
+    place = {cell.id: index for index, cell in enumerate(made.cells)}
+    found = exercises(source)
+    stubs = [place[source.cells[each.stub].id] for each in found]
+    checks = [place[source.cells[each.check].id] for each in found]
+    out: dict[int, tuple[str, str]] = {}  # number of an exercise -> what its answer did, and the answer
+    while True:
+        run, stopped = executed(made, folder, GRADED)
+        if stopped is None:
+            break
+        if stopped.cell < stubs[0]:
+            raise MmnError(f"A cell before the first answer {stopped.why}: grade on a larger machine.")
+        guilty = next(
+            (n for n, (a, b) in enumerate(zip(stubs, checks, strict=True)) if a <= stopped.cell <= b and n not in out), None
+        )
+        if guilty is None:
+            break
+        cell = made.cells[stubs[guilty]]
+        out[guilty] = f"the answer {stopped.why}; the others were run without it", cell.source
+        cell.source = source.cells[found[guilty].stub].source
+    table = results(source, run)
+    if stopped is not None:
+        late = [check >= stopped.cell for check in checks]
+        table.loc[late, "says"] = f"not run: a cell before its check {stopped.why}"
+    for number, told in out.items():
+        table.loc[number, ["says", "answer"]] = told
+    return table
 
 
 def results(source: NotebookNode, run: NotebookNode) -> pd.DataFrame:
@@ -294,7 +370,10 @@ def _make(args: argparse.Namespace) -> int:
                 nbformat.write(made, folder / path.name)
                 if args.check:
                     print(f"{edition} {path.stem}", flush=True)
-                    table = results(source, executed(made, folder))
+                    run, stopped = executed(made, folder)
+                    if stopped:
+                        print(f"stopped: cell {stopped.cell} {stopped.why}")
+                    table = results(source, run)
                     print(table[["exercise", "says"]].to_string(index=False, header=False), flush=True)
                     wrong += int((table["points"].gt(0) != (edition == "instructor")).sum())
     print(f"{len(chosen)} notebooks for students and for instructors are in {args.out}")
@@ -318,19 +397,22 @@ def _grade(args: argparse.Namespace) -> int:
     (path,) = _chosen([args.source])
     source, left = read(path), 0
     record: dict[str, Any] = {}
-    for submission in args.submissions:
-        print(f"{submission.name}: ", end="", flush=True)  # who it is that takes so long
+    submissions = list(dict.fromkeys(args.submissions))
+    times = Counter(submission.name for submission in submissions)
+    for submission in submissions:
+        name = submission.name if times[submission.name] == 1 else str(submission)
+        print(f"{name}: ", end="", flush=True)  # who it is that takes so long
         try:
-            table = results(source, executed(answered(source, read(submission)), path.parent, GRADED))
+            table = graded(source, read(submission), path.parent)
         except MmnError as error:  # of one, which costs the others nothing
             print(f"not graded. {error}")
-            record[submission.name], left = {"not graded": str(error)}, left + 1
+            record[name], left = {"not graded": str(error)}, left + 1
         else:
             print(f"{table['points'].sum()} of {table['of'].sum()} points")
             print(table.drop(columns="answer").to_string(index=False), flush=True)
-            record[submission.name] = table.to_dict("records")
+            record[name] = table.to_dict("records")
         if args.json:
             put(args.json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if left:
-        print(f"{left} of {len(args.submissions)} could not be graded")
+        print(f"{left} of {len(submissions)} could not be graded")
     return min(left, 1)

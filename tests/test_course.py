@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from mmn import course
@@ -83,7 +84,7 @@ def editions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The instructor's edition earns every point, the student's none; a half-solved one half, whatever else is in it. An answer that
-    warns is as good as another, and one that ends the kernel costs what stands behind it, and nobody else anything."""
+    warns is as good as another, and one that ends the kernel costs its own points alone."""
     solved, empty = (course.read(editions / name / "assignment.ipynb") for name in ("instructor", "student"))
     source = course.read(course.ASSIGNMENT)
     found = course.exercises(source)
@@ -124,7 +125,8 @@ def test_grading(editions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert points["solved.ipynb"] == [each.points for each in found]
     assert points["empty.ipynb"] == [0] * len(found)
     assert points["half.ipynb"] == [found[0].points] + [0] * (len(found) - 1)
-    assert points["odd.ipynb"] == points["half.ipynb"] and record["odd.ipynb"][2]["says"] == "nothing"
+    assert points["odd.ipynb"] == points["half.ipynb"] and "ended the process" in record["odd.ipynb"][1]["says"]
+    assert record["odd.ipynb"][2]["says"].startswith("not attempted")
     assert "not mine" in record["half.ipynb"][1]["says"]
     assert "of 10 points" in capsys.readouterr().out
 
@@ -138,6 +140,110 @@ def test_what_cannot_be_graded_is_named(tmp_path: Path) -> None:
         course.read(tmp_path / "text.ipynb")
     with pytest.raises(MmnError, match="give --source 00_tour"):
         course.answered(course.read(course.ASSIGNMENT), course.read(CHAPTERS[0]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null", "[]", "5", '"text"', "{}", "{", "", "\xff", "[" * 10**5, '{"nbformat": 9, "cells": []}', '{"nbformat": 4, "cells": 5}',
+        *(json.dumps({"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": [cell]})
+          for cell in (None, 3, {}, {"cell_type": "code", "metadata": {}, "source": 3, "outputs": []},
+                       {"cell_type": "code", "metadata": {"tags": None}, "source": "", "outputs": []},
+                       {"cell_type": "code", "metadata": {}, "id": [], "source": "", "outputs": []},
+                       {"cell_type": "code", "metadata": {}, "source": "x = '\ud800'", "outputs": []})),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_is_no_notebook(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.ipynb").write_bytes(text.encode("latin-1"))
+    with pytest.raises(MmnError, match="x.ipynb is no notebook that can be read .*: hand in"):
+        course.read(tmp_path / "x.ipynb")
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_read(codec: str, tmp_path: Path) -> None:
+    (tmp_path / "x.ipynb").write_text(course.ASSIGNMENT.read_text(encoding="utf-8"), encoding=codec)
+    assert course.read(tmp_path / "x.ipynb") == course.read(course.ASSIGNMENT)
+
+
+def test_without_ids_the_cells_are_those_tagged_in_their_order(tmp_path: Path) -> None:
+    source = course.read(course.ASSIGNMENT)
+    old = json.loads(nbformat.writes(course.student(source)))
+    old["nbformat_minor"] = 4
+    for number, cell in enumerate(old["cells"]):
+        del cell["id"]
+        if "exercise" in cell["metadata"].get("tags", []):
+            cell["source"] = f"x = {number}"
+    path = tmp_path / "old.ipynb"
+    path.write_text(json.dumps(old))
+    taken = [cell.source for cell in course.answered(source, course.read(path)).cells if course.tagged(cell, "exercise")]
+    marked = [number for number, cell in enumerate(course.student(source).cells) if course.tagged(cell, "exercise")]
+    assert taken == [f"x = {number}" for number in marked]
+    del old["cells"][marked[1]]  # which is which cannot be known
+    path.write_text(json.dumps(old))
+    with pytest.raises(MmnError, match="no ids, and 3 are tagged `exercise`"):
+        course.answered(source, course.read(path))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ["h/alice/a.ipynb", "h/bob/a.ipynb", "h/bob/b.ipynb", "h/none/a.ipynb"]
+    for file in files[:3]:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(file)]), file)
+
+    def graded(_: object, submission: nbformat.NotebookNode, __: object) -> pd.DataFrame:
+        return pd.DataFrame(
+            [("1. A", 1, 1, "right", submission.cells[0].source)], columns=["exercise", "points", "of", "says", "answer"]
+        )
+
+    monkeypatch.setattr(course, "graded", graded)
+    assert main(["course", "grade", *files, files[0], "--json", "points.json"]) == 1
+    record = json.loads(Path("points.json").read_text(encoding="utf-8"))
+    names = ["h/alice/a.ipynb", "h/bob/a.ipynb", "b.ipynb", "h/none/a.ipynb"]
+    assert list(record) == names and "not graded" in record["h/none/a.ipynb"]
+    assert [record[name][0]["answer"] for name in names[:3]] == files[:3]
+    assert all(f"{name}: " in capsys.readouterr().out for name in names[:1])
+
+
+def small(*answers: str, before: str = "import time, os") -> nbformat.NotebookNode:
+    """A source whose exercises each want a function of their number that returns it, or one made of it with other answers."""
+    cells = [nbformat.v4.new_code_cell(before, id="first")]
+    for number in range(3):
+        name, check = f"mine{number}", f"print(check_it(mine{number}, {number}))"
+        cells.append(nbformat.v4.new_markdown_cell(f"**{number + 1}. A** (★, 5 minutes).", id=f"title{number}"))
+        sources = {
+            "exercise": answers[number] if answers else f"def {name}(): pass",
+            "check": f"def check_it(mine, n):\n    return 'right' if mine() == n else 'not yet: another'\n{check}",
+            "solution": f"def {name}(): return {number}\n{check}",
+        }
+        cells += [nbformat.v4.new_code_cell(text, id=f"{tag}{number}", metadata={"tags": [tag]}) for tag, text in sources.items()]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+@pytest.mark.parametrize(
+    ("fatal", "says"),
+    [
+        ("os._exit(1)", "the answer ended the process"),
+        ("def mine1(): os.kill(os.getpid(), 9)", "the answer ended the process"),
+        ("while True:\n    try: time.sleep(9)\n    except BaseException: pass", "the answer took longer than 4 seconds"),
+        ("def mine1(): exit(); return 1", "stopped by NameError: name 'exit' is not defined"),
+    ],
+)
+def test_an_answer_that_ends_the_kernel_costs_its_own_points_alone(fatal: str, says: str, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(course, "GRADED", 4)
+    table = course.graded(small(), small("def mine0(): return 0", fatal, "def mine2(): return 2"), tmp_path)
+    assert table["points"].tolist() == [1, 0, 1] and table["says"].tolist()[::2] == ["right", "right"]
+    assert table["says"][1].startswith(says) and table["answer"][1] == fatal
+
+
+def test_a_kernel_that_no_answer_ends_is_told(monkeypatch: Any, tmp_path: Path) -> None:
+    right = [f"def mine{n}(): return {n}" for n in range(3)]
+    with pytest.raises(MmnError, match="A cell before the first answer ended the process"):
+        course.graded(small(before="import os\nos._exit(1)"), small(*right), tmp_path)
+    source = small()
+    source.cells.insert(5, nbformat.v4.new_code_cell("os._exit(1)", id="own"))  # between the first exercise and the second
+    table = course.graded(source, small(*right), tmp_path)
+    assert table["points"].tolist() == [1, 0, 0] and table["says"].str.startswith("not run: ").tolist() == [False, True, True]
 
 
 def test_bad_input_is_a_sentence(editions: Path, capsys: pytest.CaptureFixture[str]) -> None:
