@@ -47,6 +47,7 @@ refresh: .venv/ready
 	$(if $(TABLES),OMP_NUM_THREADS=1 $(BIN)/mmn bench --out data/results)
 	$(if $(TABLES),OMP_NUM_THREADS=1 $(BIN)/mmn bench --study --out data/results)
 	$(if $(TABLES),$(BIN)/mmn throughput --json > data/results/throughput.json)
+	$(if $(TABLES),$(BIN)/mmn families --out data/results)
 	$(if $(TABLES),rm -rf runs/report && $(BIN)/mmn replicate run --out runs/report --count 60 --shards 2)
 	$(if $(TABLES),rm -rf data/results/report && cp -r runs/report/tables data/results/report)
 	$(BIN)/ruff format --quiet $(CHAPTERS)

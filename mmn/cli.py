@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "anatomy": ("mmn.tree", "show where a model keeps its neurons, and check it by arithmetic"),
     "doctor": ("mmn.doctor", "check whether this machine will run the book, and say what to do if not"),
     "course": ("mmn.course", "editions of the chapters for students and instructors, slides, and points for what is handed in"),
-    "families": ("mmn.families", "list the model families that were tried, and what was found"),
+    "families": ("mmn.family_table", "list the model families that were tried, and what was found, or try some now"),
 }
 RECORD = "explain.json"  # marks a folder as one that `mmn explain` made and may replace
 

@@ -1,38 +1,36 @@
-"""`mmn families`: does the toolkit hold on every family of vision-language models that the installed transformers builds?
+"""Does the toolkit hold on every family of vision-language models that the installed transformers builds?
 
 For each family in transformers' own list a tiny model is built from its configuration class, every parameter and scalar buffer
 is made random (default initialisation hides errors: gains of 1, biases and gates of 0), and the checks below are run, offline.
 Nothing here or in mmn.anatomy asks for a model's class; what is keyed by family is only how its configuration is made small.
+What was found is kept in a table, which `mmn families` prints: mmn.family_table.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import itertools
-import json
 import re
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmn.anatomy import Anatomy, find, is_linear, is_norm
-from mmn.bars import tqdm
 from mmn.errors import MmnError
+from mmn.family_table import Row
 from mmn.ffn import FFN, Experts, Mixture, Neuron, parts
 from mmn.hooks import hooked
 from mmn.tree import overlooked
 from mmn.vlm import quiet
 
+FAMILIES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 IMAGE, WORDS = 3, 320
 MOST = 40  # image tokens tried
 LARGEST = 30e6  # parameters of a model that counts as small
@@ -198,19 +196,6 @@ LEFT_OUT = {
     "pi0": "it gives a robot's movements, not text",
     "qwen4_exp": "what runs between its layers is several vectors a position, mixed at each layer",
 }
-
-
-@dataclass
-class Row:
-    """How one family fared. conforms: every check held. reason: why not, in a line. checks: name to whether it held."""
-
-    family: str
-    conforms: bool = False
-    reason: str = ""
-    checks: dict[str, bool] = field(default_factory=dict)
-    neurons: int = 0
-    image_tokens: int = 0
-    seconds: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- tiny models
@@ -390,7 +375,6 @@ def close(one: Tensor, other: Tensor) -> bool:
 def check(family: str) -> Row:
     """Build a family's tiny model and run every check."""
     row = Row(family)
-    start = time.perf_counter()
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of models that are a few numbers wide
@@ -399,10 +383,9 @@ def check(family: str) -> Row:
         row.conforms = not failed
         row.reason = f"fails: {', '.join(failed)}" if failed else ""
     except MmnError as error:
-        row.reason = _line(error)
+        row.reason = str(error)
     except Exception as error:  # a check that cannot be run is one that does not hold
         row.reason = f"{type(error).__name__}: {_line(error)}"
-    row.seconds = round(time.perf_counter() - start, 2)
     return row
 
 
@@ -704,30 +687,3 @@ def _once(hook: Any) -> Any:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-# ----------------------------------------------------------------------------------------------------------------- command
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as aligned lines."""
-    lines = [f"{'family':<24}{'conforms':<10}{'neurons':>8}{'image':>7}{'s':>6}  reason"]
-    for row in rows:
-        yes = "yes" if row.conforms else "no"
-        lines.append(f"{row.family:<24}{yes:<10}{row.neurons:>8}{row.image_tokens:>7}{row.seconds:>6.1f}  {row.reason}")
-    return "\n".join([*lines, f"{sum(row.conforms for row in rows)} of {len(rows)} families conform."])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mmn families`."""
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="only these (default: all that transformers names)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`mmn families`."""
-    if unknown := set(args.families) - set(FAMILIES):
-        raise MmnError(f"transformers has no family {min(unknown)!r} that writes text about pictures.")
-    rows = [check(family) for family in tqdm(args.families or list(FAMILIES), desc="families", leave=False)]
-    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table(rows))
-    return 0

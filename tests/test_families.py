@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import transformers
 
 import mmn
-from mmn import families
+from mmn import cli, families, family_table
 from mmn.anatomy import find
 from mmn.tree import describe
 
@@ -27,33 +29,77 @@ KINDS += ["qwen3_5_moe", "kimi_k25", "llama4", "inkling_mm_model", "nemotron_h_o
 def test_kinds(family: str) -> None:
     row = families.check(family)
     assert row.conforms, row
+    assert family_table.differences([row], [each for each in family_table.stored() if each.family == family]) == []
     assert row.neurons > 0 and (row.image_tokens > 0) == (family != "mllama") and all(row.checks.values())
 
 
-def test_the_table(capsys: pytest.CaptureFixture) -> None:
-    parser = argparse.ArgumentParser()
-    families.add_arguments(parser)
-    assert families.run(parser.parse_args(["llava", "florence2", "--json"])) == 0
+def command(*words: str) -> int:
+    return cli.main(["families", *words])
+
+
+def test_families_that_are_named_are_tried(capsys: pytest.CaptureFixture) -> None:
+    assert command("llava", "florence2", "--json") == 0
     one, other = json.loads(capsys.readouterr().out)
-    assert one["family"] == "llava" and one["conforms"] and not one["reason"] and one["seconds"] > 0
+    assert one["family"] == "llava" and one["conforms"] and not one["reason"]
     assert one["neurons"] == 3 * 48 and one["image_tokens"] == 16 and all(one["checks"].values()) and len(one["checks"]) == 8
     assert not other["conforms"] and "encoder-decoder" in other["reason"] and not other["checks"]
-    assert families.run(parser.parse_args(["florence2"])) == 0
+    assert command("florence2") == 0
     assert "0 of 1 families conform." in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_whole_table(capsys: pytest.CaptureFixture) -> None:
-    parser = argparse.ArgumentParser()
-    families.add_arguments(parser)
-    assert families.run(parser.parse_args(["--json"])) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {row["family"] for row in rows} == set(families.FAMILIES)
-    assert sum(row["conforms"] for row in rows) >= CONFORMING
+def test_the_table_is_printed_without_torch() -> None:
+    code = "import sys, mmn.cli; mmn.cli.main(['families']); assert not {'torch', 'transformers', 'pandas'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == list(families.FAMILIES)
+    assert lines[-1] == f"{CONFORMING} of 97 families conform."
+
+
+def test_the_table_is_whole() -> None:
+    rows = family_table.stored()
+    assert [row.family for row in rows] == list(families.FAMILIES) and sum(row.conforms for row in rows) == CONFORMING
     for row in rows:
-        assert bool(row["reason"]) != row["conforms"] and "\n" not in row["reason"]
-        assert row["conforms"] or not any(word in row["reason"] for word in ("yet", "fails", "Error")), row
-    assert sum(row["seconds"] for row in rows) < 600
+        assert bool(row.reason) != row.conforms and "\n" not in row.reason
+        assert row.conforms or not any(word in row.reason for word in ("yet", "fails", "Error")), row
+        assert row.conforms == (len(row.checks) == 8 and all(row.checks.values()))
+        assert row.reason == families.LEFT_OUT.get(row.family, row.reason)
+
+
+def test_a_check_says_what_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    kept = {row.family: row for row in family_table.stored()}
+    monkeypatch.setattr(families, "FAMILIES", {"llava": "", "blip": ""})
+    monkeypatch.setattr(family_table, "stored", lambda: [kept["llava"], kept["blip"]])
+    monkeypatch.setattr(families, "check", lambda family: kept[family])
+    assert command("--check") == 0 and "2 families are as the table has them." in capsys.readouterr().out
+    wrong = replace(kept["llava"], neurons=1, checks=kept["llava"].checks | {"sum": False})
+    monkeypatch.setattr(families, "check", lambda family: wrong)
+    assert command("--check", "llava") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        said[0].startswith("llava, failed: '' is stored, 'sum' was found") and "llava, neurons: '144'" in said[2] and len(said) == 3
+    )
+    monkeypatch.setattr(families, "FAMILIES", {"llava": ""})
+    assert command("--check") == 1 and "blip: only in the table." in capsys.readouterr().out
+
+
+def test_another_transformers_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(family_table, "version", lambda _: "99.0")
+    assert command() == 0
+    assert "99.0 is installed: try it with `mmn families --check`." in capsys.readouterr().err
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = family_table.Row("odd", False, 'fails: a, "b"', {"a": False, "c": True}, 5, 6)
+    family_table.write([row], tmp_path / "results")
+    monkeypatch.setattr(family_table, "data_path", lambda name: tmp_path / name)
+    assert family_table.stored() == [row]
+    assert json.loads((tmp_path / "results" / "families.json").read_text())["command"] == "mmn families --out data/results"
+
+
+@pytest.mark.slow
+def test_the_whole_table_is_found_again(capsys: pytest.CaptureFixture) -> None:
+    assert command("--check") == 0, capsys.readouterr().out
 
 
 def test_checks_can_fail() -> None:
@@ -74,10 +120,12 @@ def test_left_out_families_say_why() -> None:
     assert "no pictures" in families.check("mistral4").reason
     assert "not one vector a position but 10 x 4 x 32" in families.check("glm5_next").reason
     assert families.check("evolla").reason == families.LEFT_OUT["evolla"] and set(families.LEFT_OUT) < set(families.FAMILIES)
-    parser = argparse.ArgumentParser()
-    families.add_arguments(parser)
-    with pytest.raises(mmn.MmnError, match="no family 'nonsense'"):
-        families.run(parser.parse_args(["nonsense"]))
+
+
+def test_unknown_families_and_names_beside_out_are_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert command("nonsense") == 2 and "no family 'nonsense'" in capsys.readouterr().err
+    assert command("llava", "--out", str(tmp_path)) == 2 and "leave the names or --out away" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 FAILS = {
