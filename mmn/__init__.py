@@ -1,7 +1,7 @@
 """Find, see and edit multi-modal neurons in vision-language models.
 
 import mmn
-vlm = mmn.load("tiny-llava")                      # or any Hugging Face vision-language model
+vlm = mmn.load("llava-hf/llava-1.5-7b-hf")        # any Hugging Face vision-language model, or, for drawn scenes, tiny-llava
 trace = vlm.caption(mmn.open_image("dog.jpg"))    # the caption, and every neuron's activation at each step
 ranking = mmn.rank(vlm, trace, "dog")             # the neurons that voted for the word
 mmn.top_tokens(vlm, ranking.neurons)              # the words these neurons write

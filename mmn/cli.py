@@ -7,9 +7,11 @@ on standard error and exit code 2; Ctrl-C is exit code 130, SIGTERM 143; in all 
 from __future__ import annotations
 
 import argparse
+import csv
 import errno
+import gc
 import importlib
-import importlib.util
+import io
 import json
 import os
 import platform
@@ -25,11 +27,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
-from mmn.paths import whole
+from mmn.paths import put, whole
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from PIL import Image
+    from matplotlib.figure import Figure
 
     import mmn
 
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), "")
     before = signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files and captions may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parser(command).parse_args(words)
         code = int(args.run(args))
@@ -130,6 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Caption a picture and write caption, ranking and figures; raises MmnError for bad input."""
+    from mmn.images import readable
+
     out = args.out or Path("out") / (Path(args.picture or "").stem or f"scene-{args.seed}")
     with replaced(out) as folder, tqdm(total=5, desc="loading", unit="step", disable=None) as bar:
 
@@ -145,40 +151,37 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {noun['noun']}: {neurons}{', ...' if len(noun['neurons']) > 5 else ''}")
     if record["problem"]:
         print(f"Without figures: {record['problem']}")
-    print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if record["note"]:
+        print(record["note"], file=sys.stderr)
+    print(f"Written to {readable(out)}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return 0
 
 
 def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None]) -> dict[str, Any]:
     """Do the work of `mmn explain`, write it into `folder`, and return the record that explain.json holds."""
-    import pandas as pd
-
     import mmn
     from mmn import scenes
+    from mmn.images import readable, scenes_only
 
     image = scenes.draw(args.seed).image if args.picture is None else mmn.open_image(args.picture)
-    vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
+    with uncollected():
+        vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
     step("captioning")
     trace = vlm.caption(image)
     step("ranking")
     rankings = mmn.rank(vlm, trace, k=args.top_k)
     wanted = list(dict.fromkeys(trace.noun(noun).lemma for noun in args.noun)) if args.noun else list(rankings)
-    tables: list[pd.DataFrame] = []
-    nouns = []
-    problem = ""
+    nouns: list[dict[str, Any]] = [{"noun": noun, "neurons": tabulate(vlm, rankings[noun])} for noun in wanted]
     step("drawing")
-    for noun in wanted:
-        table = tabulate(vlm, noun, rankings[noun])
-        try:
-            draw(vlm, trace, image, noun, table, folder)
-        except MmnError as error:  # image tokens that are no grid: the rest is worth having
-            problem = str(error)
-        tables.append(table)
-        nouns.append({"noun": noun, "neurons": table.drop(columns="noun").to_dict("records")})
+    problem = ""
+    try:
+        draw(vlm, trace, nouns, folder)
+    except MmnError as error:  # image tokens that are no grid: the rest is worth having
+        problem = str(error)
     step("writing")
     record = {
         "caption": trace.text,
-        "picture": Path(args.picture or "").name or f"synthetic scene {args.seed}",
+        "picture": readable(Path(args.picture or "").name) or f"synthetic scene {args.seed}",
         "prompt": mmn.PROMPT,
         "prefix": mmn.PREFIX,
         "model": vlm.name,
@@ -186,54 +189,77 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
         "top_k": args.top_k,
         "nouns": nouns,
         "problem": problem,
+        "note": "" if args.picture is None else scenes_only(vlm),
         "versions": {name: version(name) for name in ("mmn", "torch", "transformers")} | {"python": platform.python_version()},
     }
-    (folder / "caption.txt").write_text(trace.text + "\n", encoding="utf-8")
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    columns = ["noun", "rank", "layer", "unit", "score", "tokens"]
-    ranking = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    ranking.assign(tokens=[" | ".join(t) for t in ranking["tokens"]]).to_csv(folder / "ranking.csv", index=False)
+    put(folder / "caption.txt", trace.text + "\n")
+    put(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    with (folder / "ranking.csv").open("w", encoding="utf-8", newline="") as file:
+        ranking = csv.writer(file, lineterminator="\n")
+        ranking.writerow(["noun", "rank", "layer", "unit", "score", "tokens"])
+        for noun in nouns:
+            ranking.writerows([noun["noun"], *(row | {"tokens": " | ".join(row["tokens"])}).values()] for row in noun["neurons"])
     return record
 
 
-def tabulate(vlm: mmn.VLM, noun: str, ranking: mmn.NeuronRanking) -> pd.DataFrame:
-    """One row a neuron: noun, rank from 1, layer, unit, score, and the tokens it writes."""
-    import mmn
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's search for garbage, which takes a tenth of the time that torch and transformers need to be imported."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
-    table = ranking.table().reset_index().drop(columns="activation")
-    table.insert(0, "noun", noun)
-    return table.assign(tokens=mmn.top_tokens(vlm, ranking.neurons, k=10)["tokens"].tolist())
+
+def tabulate(vlm: mmn.VLM, ranking: mmn.NeuronRanking) -> list[dict[str, Any]]:
+    """One row a neuron: rank from 1, layer, unit, score, and the tokens it writes."""
+    from mmn.semantics import token_text, top_token_ids
+
+    written = top_token_ids(vlm, ranking.neurons, k=10)[0].tolist()
+    return [
+        {"rank": rank, "layer": layer, "unit": unit, "score": score, "tokens": [token_text(vlm, token) for token in tokens]}
+        for rank, ((layer, unit), score, tokens) in enumerate(zip(ranking.neurons, ranking.scores, written, strict=True), 1)
+    ]
 
 
-def draw(
-    vlm: mmn.VLM,
-    trace: mmn.Trace,
-    image: Image.Image,
-    noun: str,
-    table: pd.DataFrame,
-    folder: Path,
-) -> None:
-    """Write the two figures of a noun: where its neurons fire on average, and each neuron with what it writes."""
-    from matplotlib.figure import Figure
-
+def draw(vlm: mmn.VLM, trace: mmn.Trace, nouns: list[dict[str, Any]], folder: Path) -> None:
+    """Write the two figures of each noun: where its neurons fire on average, and each neuron with what it writes. Raises MmnError
+    where image tokens are no grid."""
     import mmn
     from mmn import plots
+    from mmn.heatmap import heatmaps
 
-    found = [mmn.Neuron(layer, unit) for layer, unit in zip(table["layer"], table["unit"], strict=True)]
-    heat = mmn.heatmap(vlm, trace, found)
-    name = re.sub(r"\W+", "-", noun)
-    mean = Figure(figsize=(4, 4), layout="constrained")
-    plots.heatmap(image, heat.on_image(), heat.mask(), mean.subplots(), f"{noun}: mean of {len(found)} neurons")
-    mean.savefig(folder / f"{name}-heatmap.png", dpi=150)
-    shown = min(len(found), 10)
-    each = Figure(figsize=(9, 2.7 * -(-shown // 5)), layout="constrained")
-    axes = each.subplots(-(-shown // 5), 5, squeeze=False).ravel().tolist()
-    for spare in axes[shown:]:
-        spare.set_axis_off()
-    plots.neurons(
-        image, heat.grid[:shown], [str(n) for n in found[:shown]], list(table["tokens"])[:shown], axes[:shown], box=heat.box
-    )
-    each.savefig(folder / f"{name}-neurons.png", dpi=150)
+    image = trace.image
+    assert image is not None
+    found = [[mmn.Neuron(row["layer"], row["unit"]) for row in noun["neurons"]] for noun in nouns]
+    for noun, heat in zip(nouns, heatmaps(vlm, trace, found) if found else [], strict=True):
+        name = re.sub(r"\W+", "-", noun["noun"])
+        title = f"{noun['noun']}: mean of {len(heat.neurons)} neurons"
+        with figure(folder / f"{name}-heatmap.png", 4, 4) as mean:
+            plots.heatmap(image, heat.on_image(), heat.mask(), mean.subplots(), title)
+        shown = min(len(heat.neurons), 10)
+        with figure(folder / f"{name}-neurons.png", 9, 2.7 * -(-shown // 5)) as each:
+            axes = each.subplots(-(-shown // 5), 5, squeeze=False).ravel().tolist()
+            for spare in axes[shown:]:
+                spare.set_axis_off()
+            tokens = [row["tokens"] for row in noun["neurons"][:shown]]
+            plots.neurons(image, heat.grid[:shown], list(map(str, heat.neurons[:shown])), tokens, axes[:shown], box=heat.box)
+
+
+@contextmanager
+def figure(file: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of a size in inches to draw on, written to `file` at the end."""
+    from matplotlib.figure import Figure
+
+    empty = Figure(figsize=(width, height), layout="constrained")
+    yield empty
+    # Laid out here once and for all: savefig draws a figure that lays itself out twice. Most of the rest is compression.
+    engine = empty.get_layout_engine()
+    assert engine is not None
+    engine.execute(empty)
+    empty.set_layout_engine(None)
+    empty.savefig(file, dpi=150, pil_kwargs={"compress_level": 1})
 
 
 # ---------------------------------------------------------------------------------------------------------- whole or not at all

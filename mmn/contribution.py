@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,6 +22,9 @@ from mmn.nouns import Noun
 from mmn.trace import Trace
 from mmn.vlm import VLM
 from mmn.weights import device, matrix
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Scorer = Callable[[VLM, Trace, Sequence[Noun]], list[Tensor]]
 Reader = Callable[[int, Tensor], Tensor]
@@ -52,6 +54,8 @@ class NeuronRanking:
 
     def table(self) -> pd.DataFrame:
         """One row a neuron: rank (from 1), layer, unit, score, activation."""
+        import pandas as pd  # half a second, which who wants no table need not wait for
+
         layers, units = zip(*self.neurons, strict=True)
         columns = {"layer": layers, "unit": units, "score": self.scores, "activation": self.activations}
         return pd.DataFrame(columns, index=pd.RangeIndex(1, len(self) + 1, name="rank"))

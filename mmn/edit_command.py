@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmn.arguments import a_path, at_least
 from mmn.errors import MmnError
+from mmn.images import scenes_only
 from mmn.paths import whole
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def _fit(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise MmnError(f"There is no folder {args.out.parent} to write the edit to: make it, or choose another --out.")
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
+    if args.pictures and (note := scenes_only(vlm)):
+        print(note, file=sys.stderr)
     texts: Sequence[str] = ()
     better = dict(editors.BETTER)
     if args.pictures:
@@ -127,6 +131,8 @@ def _apply(args: argparse.Namespace) -> int:
     edits = [mmn.Edit.load(path) for path in args.edits]
     image = scenes.draw(int(args.picture)).image if args.picture.isdecimal() else mmn.open_image(args.picture)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
+    if not args.picture.isdecimal() and (note := scenes_only(vlm)):
+        print(note, file=sys.stderr)
     before = vlm.caption(image, record=False).text
     with ExitStack() as stack:
         for edit in edits:

@@ -68,33 +68,41 @@ class _Enough(Exception):  # noqa: N818 - not an error
     """Ends a forward pass after the last layer that is needed."""
 
 
-@torch.no_grad()
 def heatmap(vlm: VLM, trace: Trace, neurons: Sequence[Neuron]) -> Heatmap:
     """Where the neurons fire in a trace's picture: one forward pass over its prompt, as far as the last layer asked for.
 
     Raises MmnError without a picture or neurons, for neurons that are not there, and for a model whose image tokens are no
     grid."""
+    return heatmaps(vlm, trace, [neurons])[0]
+
+
+@torch.no_grad()
+def heatmaps(vlm: VLM, trace: Trace, groups: Sequence[Sequence[Neuron]]) -> list[Heatmap]:
+    """`heatmap` of several groups of neurons, such as those of each noun, from one forward pass for all of them. Raises MmnError as
+    it does."""
     if trace.image is None:
         raise MmnError("There is no picture behind this text, so there is no heatmap.")
-    neurons = list(neurons)
-    if not neurons:
+    if not all(map(len, groups)):
         raise MmnError("There are no neurons to draw: give at least one.")
+    neurons = [neuron for group in groups for neuron in group]
     vlm.anatomy.check(neurons)
-    groups = by_layer(neurons)
+    layers = by_layer(neurons)
     inputs = vlm.inputs([trace.image], [trace.prompt], [trace.prefix])
     positions = vlm.image_positions(inputs)[0].cpu()  # which picks from a layer on any device
     rows, columns = image_grid(int(positions.sum()), inputs)
     flat = torch.empty(len(neurons), rows * columns)
 
     def keep(layer: int, activations: Tensor) -> None:
-        places, units = zip(*groups[layer], strict=True)
+        places, units = zip(*layers[layer], strict=True)
         flat[list(places)] = activations[0, positions][:, list(units)].T.float().cpu()
-        if layer == max(groups):
+        if layer == max(layers):
             raise _Enough
 
-    with suppress(_Enough), hooked(vlm.anatomy.ffns[layer].watch(partial(keep, layer)) for layer in groups):
+    with suppress(_Enough), hooked(vlm.anatomy.ffns[layer].watch(partial(keep, layer)) for layer in layers):
         vlm.model(**inputs, use_cache=False)
-    return Heatmap(neurons, flat.reshape(-1, rows, columns), trace.image.size, seen_box(vlm, trace.image.size))
+    size, box = trace.image.size, seen_box(vlm, trace.image.size)
+    grids = flat.reshape(-1, rows, columns).split([len(group) for group in groups])
+    return [Heatmap(list(group), grid, size, box) for group, grid in zip(groups, grids, strict=True)]
 
 
 def seen_box(vlm: VLM, size: tuple[int, int]) -> tuple[float, float, float, float]:

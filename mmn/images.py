@@ -9,11 +9,16 @@ import os
 import warnings
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmn.errors import MmnError
+from mmn.nouns import drawn_world
+
+if TYPE_CHECKING:
+    from mmn.vlm import VLM
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
@@ -87,6 +92,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(ground, picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def scenes_only(vlm: VLM) -> str:
+    """The sentence for a reader whose own pictures a model of the drawn world is to caption; "" for any other model."""
+    if not drawn_world(vlm.model.config):
+        return ""
+    return (
+        f"{vlm.name} knows drawn scenes only, so what it says of a photograph means nothing: for photographs give --model one such as "
+        "llava-hf/llava-1.5-7b-hf (the book's page On a real model says what it takes)."
+    )
 
 
 def list_images(folder: str | PathLike[str]) -> list[Path]:

@@ -80,6 +80,11 @@ def guessed_nouns(text: str) -> list[Found]:
     return found
 
 
+def drawn_world(config: Any) -> bool:
+    """Whether a model knows nothing but the drawn world, by its configuration."""
+    return getattr(config, "mmn_world", None) == "scenes"
+
+
 def lexicon(synthetic: bool) -> Lexicon:
     """The lexicon to use: the world's for a model of the synthetic world, else spaCy's if it is there, else the rule of thumb."""
     if synthetic:

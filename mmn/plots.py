@@ -9,11 +9,9 @@ import difflib
 import functools
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
@@ -22,6 +20,7 @@ from PIL import Image
 from mmn.errors import MmnError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from IPython.display import HTML
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
@@ -41,8 +40,15 @@ def label(text: str) -> str:
     return "".join(c if ord(c) in _glyphs() else "□" for c in visible).replace("$", r"\$")
 
 
+def _subplots(*args: Any, **more: Any) -> Any:
+    """pyplot's axes, on a figure that a notebook shows; pyplot is imported where one is wanted alone."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(*args, layout="constrained", **more)[1]
+
+
 def _axes(ax: Axes | None, width: float = 3.2, height: float = 3.2) -> Axes:
-    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
+    return ax if ax is not None else _subplots(figsize=(width, height))
 
 
 def picture(image: Image.Image, ax: Axes | None = None, title: str = "") -> Axes:
@@ -108,7 +114,7 @@ def neurons(
     if axes is None:
         rows = -(-len(maps) // columns)
         size = (1.75 * columns, (1.8 + 0.2 * words) * rows)
-        grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)[1].ravel().tolist()
+        grid = _subplots(rows, columns, figsize=size, squeeze=False).ravel().tolist()
         for spare in grid[len(maps) :]:
             spare.set_axis_off()
         axes = grid[: len(maps)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.vlm import VLM
 from mmn.weights import matrix
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BLOCK = 256  # neurons whose products with the whole vocabulary are held at once
 
@@ -21,6 +24,8 @@ def top_tokens(vlm: VLM, neurons: Sequence[Neuron], k: int = 10) -> pd.DataFrame
 
     One row a neuron, by its name: layer, unit, tokens (k strings, best first), weights (their `<w_i, u_t>`, logits for an
     activation of 1). Raises MmnError for a neuron that is not there or a k outside 1 ... vocabulary."""
+    import pandas as pd
+
     ids, weights = top_token_ids(vlm, neurons, k)
     names = {token: token_text(vlm, token) for token in set(ids.flatten().tolist())}
     return pd.DataFrame(

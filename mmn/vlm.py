@@ -77,7 +77,7 @@ class VLM:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         self.anatomy = anatomy or find(model)
         self.name = name or type(model).__name__
-        self.lexicon = lexicon or nouns.lexicon(getattr(model.config, "mmn_world", None) == "scenes")
+        self.lexicon = lexicon or nouns.lexicon(nouns.drawn_world(model.config))
         self.prompt = prompt
         self.hash = hash or hash_tensors(model.state_dict())
         if getattr(processor, "chat_template", None) is None and getattr(self.tokenizer, "chat_template", None):

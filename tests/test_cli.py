@@ -66,6 +66,40 @@ def test_what_has_no_heatmap_is_written_without(
     assert "no heatmap to draw" in record["problem"] and not full["problem"]
 
 
+def test_all_nouns_share_one_pass_and_one_of_the_drawn_world_says_so_of_pictures_alone(
+    explained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vlm = mmn.load()
+    monkeypatch.setattr(mmn, "load", lambda *_, **__: vlm)
+    passes: list[object] = []
+    monkeypatch.setattr(vlm, "image_positions", lambda inputs: passes.append(1) or type(vlm).image_positions(vlm, inputs))
+    picture, said = str(explained.parent / "picture.png"), {}
+    for name, words, world in (("photograph", [picture], "scenes"), ("scene", [], "scenes"), ("other", [picture], None)):
+        monkeypatch.setattr(vlm.model.config, "mmn_world", world)
+        out = explained.parent / name
+        assert cli.main(["explain", *words, "--top-k", "1", "--out", str(out)]) == 0
+        said[name] = [line for line in capsys.readouterr().err.splitlines() if "drawn scenes" in line]
+        record = json.loads((out / "explain.json").read_text(encoding="utf-8"))
+        assert [record["note"]] == (said[name] or [""]) and len(record["nouns"]) > 1
+    assert len(passes) == 3
+    assert len(said["photograph"]) == 1 and "for photographs give --model" in said["photograph"][0]
+    assert not said["scene"] and not said["other"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf_8_in_a_terminal_that_is_not(tmp_path: Path) -> None:
+    picture = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    scenes.draw(0).image.save(tmp_path / "a.png")
+    os.rename(os.fsencode(tmp_path / "a.png"), picture)
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "mmn.cli", "explain", picture, "--top-k", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Written to out/caf\\xe9: " in done.stdout
+    record = json.loads((tmp_path / os.fsdecode(b"out/caf\xe9") / "explain.json").read_text(encoding="utf-8"))
+    assert record["picture"] == "caf\\xe9.png"
+
+
 def test_one_noun_and_a_second_run_replaces_the_first(explained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noun = json.loads((explained / "explain.json").read_text(encoding="utf-8"))["nouns"][0]["noun"]
     picture = explained.parent / "picture.png"

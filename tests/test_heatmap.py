@@ -12,7 +12,7 @@ from transformers import LlavaImageProcessorPil
 import mmn
 from mmn import Neuron
 from mmn.anatomy import image_grid
-from mmn.heatmap import Heatmap, seen_box
+from mmn.heatmap import Heatmap, heatmaps, seen_box
 
 NEURONS = [Neuron(2, 5), Neuron(0, 1), Neuron(2, 0), Neuron(0, 1)]
 
@@ -36,6 +36,22 @@ def test_grid_is_the_activation_at_the_image_tokens() -> None:
     for row, (layer, unit) in zip(heat.grid, NEURONS, strict=True):
         assert torch.equal(row.flatten(), kept[layer][where][:, unit])
     assert heat.neurons == NEURONS and heat.grid.shape == (4, 4, 4)
+
+
+def test_several_from_one_pass_are_those_of_a_pass_each() -> None:
+    vlm = tiny.vlm()
+    trace = vlm.caption(tiny.pictures(1, size=(50, 30))[0], max_new_tokens=2)
+    groups = [NEURONS, [Neuron(0, 3)], [Neuron(1, 2), Neuron(0, 3)]]
+    passes = []
+    handle = vlm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    together = heatmaps(vlm, trace, groups)
+    assert len(passes) == 1
+    handle.remove()
+    for group, heat in zip(groups, together, strict=True):
+        alone = mmn.heatmap(vlm, trace, group)
+        assert torch.equal(heat.grid, alone.grid) and heat.neurons == group and (heat.size, heat.box) == (alone.size, alone.box)
+    with pytest.raises(mmn.MmnError, match="no neurons to draw"):
+        heatmaps(vlm, trace, [NEURONS, []])
 
 
 def test_shapes_and_means() -> None:
