@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from mmn.arguments import a_path, at_least
 from mmn.errors import MmnError
 from mmn.ffn import Neuron
 from mmn.hooks import hooked
+from mmn.images import scenes_only
 from mmn.paths import put
 from mmn.semantics import token_text, top_token_ids
 
@@ -165,16 +167,19 @@ def told(highest: Tensor, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sure, place
 
 
-def effects(vlm: VLM, neurons: dict[Neuron, str], pictures: Sequence[Picture]) -> dict[Neuron, float]:
+def effects(vlm: VLM, neurons: dict[Neuron, str], pictures: Sequence[Picture], batch_size: int = 4) -> dict[Neuron, float]:
     """Drop of log p of a neuron's concept when it alone is silent, nats, on the first picture that shows the concept and whose
     caption says it. Neurons of concepts that no caption says are left out."""
     cases: dict[str, properties.Case] = {}
     wanted = set(neurons.values())
-    for picture in pictures:
-        if wanted & set(picture.objects or ()) - set(cases):
-            for case in properties.cases(vlm, [picture.open()]):
-                if case.lemma in wanted and case.lemma in (picture.objects or ()):
-                    cases.setdefault(case.lemma, case)
+    rest = iter(pictures)
+    while sought := wanted - set(cases):
+        some = list(islice((picture for picture in rest if sought & set(picture.objects or ())), batch_size))
+        if not some:
+            break
+        for case in properties.cases(vlm, [picture.open() for picture in some]):
+            if case.lemma in sought and case.lemma in (some[case.picture].objects or ()):
+                cases.setdefault(case.lemma, case)
     found: dict[Neuron, float] = {}
     for concept, case in cases.items():
         mine = [neuron for neuron, name in neurons.items() if name == concept]
@@ -210,7 +215,7 @@ def compute(vlm: VLM, pictures: Sequence[Picture], *, most: int = 6000, seed: in
     layers, positions = len(best), best[0].positions
     del best, highest  # the largest things here; what follows needs memory of its own
     concepts = {neuron: names[place[n]] for neuron, n in zip(neurons, chosen, strict=True) if names and sure[n] >= SURE}
-    drops = effects(vlm, concepts, pictures)
+    drops = effects(vlm, concepts, pictures, batch_size)
     ids, weights = top_token_ids(vlm, neurons, WORDS)
     rows: list[dict[str, Any]] = []
     for row, (neuron, n) in enumerate(zip(neurons, chosen, strict=True)):
@@ -291,6 +296,8 @@ def run(args: argparse.Namespace) -> int:
     for row in notes.rows:
         print(f"left out: {row['problem']}", file=sys.stderr)
     vlm = mmn.load(args.model, device_map=args.device_map, dtype=args.dtype)
+    if args.images != "scenes" and (note := scenes_only(vlm)):
+        print(note, file=sys.stderr)
     found = compute(vlm, pictures, most=args.most, seed=args.seed, batch_size=args.batch)
     put(args.out, page(found))
     about = found["about"]

@@ -92,6 +92,35 @@ def test_what_it_says_of_neurons_is_true(found):
     assert row["effect"] == pytest.approx(float(before - after), abs=2e-3)
 
 
+def test_captions_in_batches_choose_the_same_pictures(monkeypatch):
+    """The first that shows the concept and whose caption says it, as when each is captioned alone; and no more than are needed."""
+    vlm, pictures = mmn.load("tiny-llava"), sources.load("scenes", 24)
+    names = list(dict.fromkeys(name for picture in pictures for name in picture.objects))
+    neurons = {mmn.Neuron(7, unit): name for unit, name in enumerate([*names, "chimera"])}
+    first = {}
+    for picture in pictures:
+        for noun in vlm.caption(picture.open()).nouns:
+            if noun.lemma in picture.objects:
+                first.setdefault(noun.lemma, picture)
+    asked, captioned = {}, []
+    cases = atlas.properties.cases
+
+    def counted(vlm, images):
+        captioned.append(len(images))
+        return cases(vlm, images)
+
+    def effects(vlm, case, some):
+        asked[case.lemma] = case.trace.image
+        return {"drop": [0.0] * len(some)}
+
+    monkeypatch.setattr(atlas.properties, "cases", counted)
+    monkeypatch.setattr(atlas.properties, "effects", effects)
+    found = atlas.effects(vlm, neurons, pictures, batch_size=5)
+    assert {neurons[neuron] for neuron in found} == set(first) == set(asked)
+    assert all(asked[name].tobytes() == first[name].open().tobytes() for name in first)
+    assert max(captioned) == 5 and sum(captioned) <= len(pictures)
+
+
 def test_pictures_of_which_nothing_is_known(tmp_path):
     for number, scene in enumerate(scenes.sample(5)):
         scene.image.save(tmp_path / f"{number}.png")
