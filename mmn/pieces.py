@@ -1,7 +1,8 @@
 """The pieces of a run of `mmn replicate`, and how they are put together. Layout of the run's folder:
 
     settings.json   what was asked for                machine.json  how it is run now: memory, cores, batch, device
-    pictures.csv    which pictures, with checksums    logs/         what each piece said, and how long it took
+    pictures.csv    which pictures, with checksums    logs/         what each piece said, how long it took, and, while it is
+                                                                    at work, how far it is (NAME.now)
     dead.csv        addresses that gave none
     parts/          the pieces, by model and shard    tables/       all models together; tables.json says what they are
 
@@ -17,8 +18,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from csv import QUOTE_NONNUMERIC
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mmn.sources import Picture
+    from mmn.stages import Report
     from mmn.vlm import VLM
 
 DEAD = "fetch"  # what the table problems names as the stage of a dead address
@@ -163,18 +167,38 @@ def step(out: Path, stage: str, model: str | None, shard: int | None) -> None:
     place = own_gpus(out, machine)  # before torch is there; held to the end
     started = time.perf_counter()
     pictures, every = shard_of(out, settings, shard)
-    _compute(out, settings, machine, stage, model, shard, pictures, every)
     suffix = "" if shard is None else f"-{shard}"
-    seconds = round(time.perf_counter() - started, 2)
-    record = {"stage": stage, "model": model, "shard": shard, "pictures": len(pictures), "seconds": seconds}
-    put(out / "logs" / f"{model}-{stage}{suffix}.json", json.dumps(record) + "\n")
+    now = out / "logs" / f"{model}-{stage}{suffix}.now"
+    report = _noted(now)
+    report(0, 0)  # it has begun
+    try:
+        _compute(out, settings, machine, stage, model, shard, pictures, every, report)
+        seconds = round(time.perf_counter() - started, 2)
+        record = {"stage": stage, "model": model, "shard": shard, "pictures": len(pictures), "seconds": seconds}
+        put(now.with_suffix(".json"), json.dumps(record) + "\n")
+    finally:
+        now.unlink(missing_ok=True)
     if place is not None:
         place.release()
 
 
+def _noted(path: Path) -> Report:
+    """A report that writes how far a piece is, once a second at most, and lets a full disk be told by what is worth more."""
+    told = -inf
+
+    def report(done: int, of: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            with suppress(MmnError):
+                put(path, json.dumps([done, of]) + "\n")
+
+    return report
+
+
 def _compute(
     out: Path, settings: dict[str, Any], machine: dict[str, Any], stage: str, model: str, shard: int | None, pictures: list[Picture],
-    every: list[Picture],
+    every: list[Picture], report: Report,
 ) -> None:  # fmt: skip
     import pandas as pd
 
@@ -184,9 +208,9 @@ def _compute(
     vlm = load(settings, model, machine["device_map"])
     if stage != "rankings" and {json.loads(path.read_text())["hash"] for path in folder.glob("model-*.json")} != {vlm.hash}:
         raise MmnError(f"The weights of {model} are not those that wrote its captions: start the run again in another folder.")
-    common = {"prompt": settings["prompt"]}
+    common = {"prompt": settings["prompt"], "batch_size": machine["batch"], "report": report}
     if stage == "rankings":
-        found = stages.rankings(vlm, pictures, top_k=settings["top_k"], batch_size=machine["batch"], **common)
+        found = stages.rankings(vlm, pictures, top_k=settings["top_k"], **common)
         put(folder / f"model-{shard}.json", json.dumps(about(vlm), sort_keys=True) + "\n")
     elif stage == "properties":
         captions = read(folder / f"captions-{shard}.csv")
@@ -197,14 +221,11 @@ def _compute(
             every=every,
             top_k=settings["top_k"],
             seed=settings["seed"],
-            batch_size=machine["batch"],
             **common,
         )
     else:
         captions = pd.concat([read(folder / f"captions-{n}.csv") for n in range(settings["shards"])], ignore_index=True)
-        found = stages.edits(
-            vlm, pictures, captions, count=settings["edits"], seed=settings["seed"], batch_size=machine["batch"], **common
-        )
+        found = stages.edits(vlm, pictures, captions, count=settings["edits"], seed=settings["seed"], **common)
     suffix = "" if shard is None else f"-{shard}"
     problems = found.pop("problems")
     for name, frame in found.items():

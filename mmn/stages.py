@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Tables = dict[str, pd.DataFrame]
 Row = Callable[..., dict[str, Any]]
+Report = Callable[[int, int], object]  # how much of a stage is done, and of how much: pictures, of `edits` nouns
 
 KS = (5, 20, 100)  # neurons that are zeroed
 SIGMAS = (1.0, 4.0)  # of noise, in units of the writes' root mean square
@@ -126,7 +127,13 @@ def sparing(work: Callable[[list[T]], list[R]], batch: list[T], failed: Callable
 # ---------------------------------------------------------------------------------------------------------------- rankings
 
 
-def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: str = PROMPT, batch_size: int = 16) -> Tables:
+def unheard(done: int, of: int) -> None:
+    """The report of a stage that nobody waits for."""
+
+
+def rankings(
+    vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: str = PROMPT, batch_size: int = 16, report: Report = unheard,
+) -> Tables:  # fmt: skip
     """Caption a shard in batches and rank the neurons of every noun: tables captions, rankings, problems. Raises MmnError where no picture
     can be captioned, for one and the same reason: that is the model's fault, and not to be kept as a result."""
     notes, captions, rows = Notes("rankings"), [], []
@@ -162,6 +169,7 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
                     rows.append(
                         dict(zip(COLUMNS["rankings"], (*values, round(activation, 5), round(contribution, 5)), strict=True))
                     )
+        report(len(captions) + len(notes.rows), len(pictures))
     if not captions and len(failed) > 1 and set(failed) == {failed[0]} != {"out of memory"}:
         raise MmnError(f"No picture can be captioned: {failed[0]}")
     return {"captions": table("captions", captions), "rankings": table("rankings", rows), "problems": table("problems", notes.rows)}
@@ -172,7 +180,7 @@ def rankings(vlm: VLM, pictures: Sequence[Picture], *, top_k: int = 10, prompt: 
 
 def properties_of(
     vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, every: Sequence[Picture] | None = None, top_k: int = 10,
-    prompt: str = PROMPT, seed: int = 0, batch_size: int = 16,
+    prompt: str = PROMPT, seed: int = 0, batch_size: int = 16, report: Report = unheard,
 ) -> Tables:  # fmt: skip
     """Sensitivity and causal effect for the nouns of a shard's captions, which are read again and not generated, and the answers to POPE's
     questions: tables properties, problems. every: the pictures of all shards, which say what is frequent, and whose next one is the
@@ -180,7 +188,9 @@ def properties_of(
     notes, rows = Notes("properties"), []
     known = captions.set_index("picture")
     poll = _Poll(pictures if every is None else every, seed)
-    for picture, image in opened([each for each in pictures if each.id in known.index], notes):
+    captioned = [each for each in pictures if each.id in known.index]
+    for done, (picture, image) in enumerate(opened(captioned, notes)):
+        report(done, len(captioned))
         tokens = [int(each) for each in str(known.at[picture.id, "tokens"]).split()]
         said = str(known.at[picture.id, "said"] or "")
         for measured in (
@@ -316,7 +326,7 @@ class _Poll:
 
 def edits(
     vlm: VLM, pictures: Sequence[Picture], captions: pd.DataFrame, *, count: int = 3, top_k: int = 20, prompt: str = PROMPT,
-    seed: int = 0, batch_size: int = 16,
+    seed: int = 0, batch_size: int = 16, report: Report = unheard,
 ) -> Tables:  # fmt: skip
     """Edit each of the most frequent nouns into the next one, fitted on some of the pictures that say it and judged on others, on the
     rows of the neurons found and on same-layer random rows: tables edits, problems.
@@ -334,7 +344,8 @@ def edits(
             pairs.append((source, target, with_source))
     if count and not pairs:
         notes.once("No noun is said by four captions that do not also say the next one: none was edited.")
-    for source, target, with_source in pairs[:count]:
+    for done, (source, target, with_source) in enumerate(pairs[:count]):
+        report(done, len(pairs[:count]))
         neither = [by_id[each] for each, nouns in said.items() if source not in nouns and target not in nouns]
         half = min(FIT, len(with_source) // 2)
         try:

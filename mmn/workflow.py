@@ -16,17 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmn import pieces
 from mmn.arguments import a_path
 from mmn.errors import MmnError
 from mmn.paths import alone, put
+from mmn.progress import Progress
 from mmn.scenes import PROMPT
+
+if TYPE_CHECKING:
+    import psutil
 
 GRAPH = Path(__file__).with_name("workflow.smk")
 PROFILES = Path(__file__).with_name("profiles")
@@ -153,7 +157,11 @@ def kept(out: Path, settings: dict[str, Any]) -> None:
 def _run(args: argparse.Namespace) -> int:
     if find_spec("snakemake") is None:
         raise MmnError("`mmn replicate run` needs Snakemake: pip install 'mmn[cluster]'.")
+    from mmn import sources
+
     settings, machine = settings_of(args), machine_of(args)
+    if left := sources.left_out(settings["images"]):
+        print(f"left out: {left}", file=sys.stderr)
     if args.dry_run and not (args.out / "pictures.csv").exists():
         with tempfile.TemporaryDirectory() as folder:  # a run that is not begun leaves nothing
             kept(Path(folder), settings)
@@ -161,13 +169,15 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         kept(args.out, settings)
         return _dry(args.out, settings, machine, args)
-    with alone(args.out):
+    with alone(args.out) as lock:
         kept(args.out, settings)
-        for left in args.out.rglob(".*.part"):  # by a run that was killed while it wrote
+        for left in (*args.out.rglob(".*.part"), *args.out.glob("logs/*.now")):  # by a run that was killed at work
             left.unlink(missing_ok=True)
         _forget(args.out)
         put(args.out / "machine.json", json.dumps(machine, indent=1) + "\n")
-        code = _snakemake(args.out, machine, args, ["--quiet", "all"] if args.profile is None else [])
+        progress = Progress(args.out, settings, bars=sys.stderr.isatty() and args.profile is None)
+        _snakemake(args.out, machine, args, ["--quiet", "all"] if args.profile is None else [], lock, progress.look)
+        progress.close()
         tables, record = pieces.gathered(args.out)
         addresses = tables["problems"]["stage"].eq(pieces.DEAD)
         problems = tables["problems"][~addresses]
@@ -181,7 +191,7 @@ def _run(args: argparse.Namespace) -> int:
     print(
         f"{len(tables['captions'])} captions, {len(tables['properties'])} measures, {len(problems)} problems: {args.out / 'tables'}"
     )
-    return 1 if code or problems["kind"].eq("missing").any() else 0
+    return int(problems["kind"].eq("missing").any())
 
 
 def _forget(out: Path) -> None:
@@ -191,9 +201,15 @@ def _forget(out: Path) -> None:
             path.unlink()
 
 
-def _snakemake(out: Path, machine: dict[str, Any], args: argparse.Namespace, more: Sequence[str]) -> int:
-    """Snakemake on the graph, in the folder of the run; its exit code. Locks are ours (they end with the process), and so is what counts as
-    done: a file that is there is whole."""
+def _snakemake(
+    out: Path, machine: dict[str, Any], args: argparse.Namespace, more: Sequence[str], lock: int | None = None,
+    look: Callable[[], object] = lambda: None,
+) -> int:  # fmt: skip
+    """Snakemake on the graph, in the folder of the run; its exit code. The lock is ours: Snakemake inherits it, so that the
+    folder is held until both have ended, whichever is killed. What counts as done is ours, too: a file that is there is
+    whole. `look` is called once a second."""
+    import psutil
+
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(GRAPH), "--directory", str(out)]
     command += ["--nolock", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", *more]
     if args.profile:
@@ -203,12 +219,24 @@ def _snakemake(out: Path, machine: dict[str, Any], args: argparse.Namespace, mor
     else:
         jobs = machine["jobs"]
         command += ["--cores", str(jobs * machine["cpus"]), "--resources", f"gpu={max(1, machine['gpus']) * jobs}"]
-    child = subprocess.Popen(command)
+    held = [lock] if lock is not None and os.name == "posix" else []
+    # In UTF-8 it reads any settings.json and any name, whatever the locale.
+    child = subprocess.Popen(command, pass_fds=held, env=os.environ | {"PYTHONUTF8": "1"})
+    at_work: list[psutil.Process] = []
     try:
-        return child.wait()
-    except KeyboardInterrupt:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = child.wait(1)
+                break
+            look()
+            with suppress(psutil.NoSuchProcess):
+                at_work = psutil.Process(child.pid).children(recursive=True)
+    except BaseException:
         _stopped(child)
         raise
+    if code < 0:  # it was killed, and they work on
+        _killed(at_work)
+    return code
 
 
 def _stopped(child: subprocess.Popen[bytes]) -> None:
@@ -222,10 +250,16 @@ def _stopped(child: subprocess.Popen[bytes]) -> None:
             child.wait(PATIENCE)
             return
     with suppress(psutil.NoSuchProcess):  # the child has just ended
-        for each in psutil.Process(child.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        _killed(psutil.Process(child.pid).children(recursive=True))
     child.kill()
+
+
+def _killed(processes: Sequence[psutil.Process]) -> None:
+    import psutil
+
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 # ------------------------------------------------------------------------------------------------------------------- dry run

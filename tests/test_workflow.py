@@ -70,20 +70,42 @@ def test_the_tables_say_what_was_run(whole):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
     out = tmp_path / "killed"
-    for files in (1, 5, 9):  # pieces that are there when the axe falls
+
+    def at_work() -> list[psutil.Process]:
+        """Snakemake and what it started."""
+        every = [p for p in psutil.process_iter(["cmdline"]) if {str(out), "snakemake"} <= set(p.info["cmdline"] or ())]
+        return every + [each for process in every for each in process.children(recursive=True)]
+
+    def begun(files: int) -> subprocess.Popen:
+        """A run that has so many files of pieces, and is at work on the next one."""
         run = started(out)
-        while run.poll() is None and len(list(out.glob("parts/*/*"))) < files:
+        while len(list(out.glob("parts/*/*"))) < files or not list(out.glob("logs/*.now")):
+            assert run.poll() is None, run.communicate()
             time.sleep(0.02)
-        if run.poll() is None and files == 5:
-            run.terminate()  # it alone, which stops the others
-        elif run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-        assert ("interrupted" in run.communicate()[1] and run.returncode == 143) or files != 5
-        assert files != 5 or not [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]
-        assert not (out / "tables").exists() or files > 5
+        return run
+
+    os.killpg(begun(0).pid, signal.SIGKILL)
+    run = begun(1)
+    run.terminate()  # it alone, which stops the others
+    assert "interrupted" in run.communicate()[1] and run.returncode == 143 and not at_work()
+    run = begun(4)
+    run.kill()  # it alone: Snakemake works on, and holds the folder
+    run.wait()
+    (snakemake, *_) = others = at_work()
+    second = started(out)
+    assert "Another run is at work in" in second.communicate()[1] and second.returncode == 2
+    snakemake.terminate()
+    assert not psutil.wait_procs(others, timeout=60)[1]
+    run = begun(5)
+    (snakemake, *others) = at_work()
+    snakemake.kill()  # it alone: nobody would take what its pieces still do
+    assert "is missing" in run.communicate()[1] and run.returncode == 1
+    assert others and not psutil.wait_procs(others, timeout=10)[1]
     last = started(out)
-    output = last.communicate()
-    assert last.returncode == 0, output
+    said, complaints = last.communicate()
+    assert last.returncode == 0, (said, complaints)
+    lines = complaints.splitlines()
+    assert lines[0].endswith("of 4 pieces to do") and lines[0][0] in "12" and lines[-1].endswith("; 0 of 4 pieces left"), lines
     for name in (*(f"{name}.csv" for name in TABLES), "tables.json"):
         assert (out / "tables" / name).read_bytes() == (whole / "tables" / name).read_bytes(), name
     assert not list(out.rglob("*.part"))
@@ -96,7 +118,7 @@ def test_where_nothing_more_can_be_written_it_says_so_and_goes_on_later(tmp_path
     run = started(out, *few, largest=8000)  # captions and rankings fit, the properties do not
     said, complaints = run.communicate()
     assert run.returncode == 1 and "2 captions, 0 measures, 1 problems" in said
-    (line,) = [line for line in complaints.splitlines() if line]
+    line = complaints.splitlines()[-1]
     assert line.startswith("tiny-llava, properties: shard 0 is missing:") and "(File too large): free some space" in line
     problems = pd.read_csv(out / "tables" / "problems.csv", keep_default_na=False)
     assert list(problems["stage"]) == ["properties"]
@@ -111,6 +133,7 @@ def test_a_broken_picture_and_a_broken_model_are_a_line_each_and_the_rest_is_don
     pictures.mkdir()
     scenes.draw(1).image.save(pictures / "1.png")
     (pictures / "2.png").write_bytes((pictures / "1.png").read_bytes()[:300])
+    (pictures / "3.heic").touch()
     broken = tmp_path / "broken"
     shutil.copytree(mmn.data_path("tiny-llava"), broken)
     (broken / "model.safetensors").write_bytes(b"half a file")
@@ -124,6 +147,7 @@ def test_a_broken_picture_and_a_broken_model_are_a_line_each_and_the_rest_is_don
     assert len(other) == 2 and "shard 0 is missing" in other.iloc[0] and "could not be loaded" in other.iloc[0]
     assert list(tables["captions"]["picture"]) == ["1.png"] and set(tables["properties"]["picture"]) == {"1.png"}
     assert "2.png" in complaints and "1 captions" in said
+    assert complaints.startswith("left out: 3.heic cannot be read here: convert to JPEG or PNG.\n")
 
 
 @pytest.mark.slow
