@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmn.arguments import a_path, at_least
 from mmn.bars import tqdm
 from mmn.errors import MmnError
-from mmn.paths import whole
+from mmn.paths import put, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 when it did its job, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), "")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold what the locale cannot write
+            stream.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         args = _parser(command).parse_args(words)
@@ -188,8 +192,8 @@ def explain(args: argparse.Namespace, folder: Path, step: Callable[[str], None])
         "problem": problem,
         "versions": {name: version(name) for name in ("mmn", "torch", "transformers")} | {"python": platform.python_version()},
     }
-    (folder / "caption.txt").write_text(trace.text + "\n", encoding="utf-8")
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    put(folder / "caption.txt", trace.text + "\n")
+    put(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     columns = ["noun", "rank", "layer", "unit", "score", "tokens"]
     ranking = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
     ranking.assign(tokens=[" | ".join(t) for t in ranking["tokens"]]).to_csv(folder / "ranking.csv", index=False)
@@ -221,7 +225,7 @@ def draw(
 
     found = [mmn.Neuron(layer, unit) for layer, unit in zip(table["layer"], table["unit"], strict=True)]
     heat = mmn.heatmap(vlm, trace, found)
-    name = re.sub(r"\W+", "-", noun)
+    name = os.fsdecode(re.sub(r"\W+", "-", noun).encode())  # in UTF-8, whatever the locale
     mean = Figure(figsize=(4, 4), layout="constrained")
     plots.heatmap(image, heat.on_image(), heat.mask(), mean.subplots(), f"{noun}: mean of {len(found)} neurons")
     mean.savefig(folder / f"{name}-heatmap.png", dpi=150)

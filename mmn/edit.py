@@ -39,7 +39,7 @@ from mmn.ffn import Neuron, by_layer, neurons_at
 from mmn.hooks import uninterrupted
 from mmn.intervene import added
 from mmn.lesson import Counts, Moments, Row, captions, lesson, loss_of, replaced, says
-from mmn.paths import whole
+from mmn.paths import in_utf8, whole
 from mmn.trace import Trace
 from mmn.vlm import PREFIX, VLM
 
@@ -177,7 +177,7 @@ class Edit:
         if not isinstance(path, str | PathLike) or not Path(path).is_file():
             raise MmnError(f"There is no edit {path}: check the file's name and folder.")
         try:
-            with safe_open(path, "pt") as file:
+            with in_utf8(Path(path)) as there, safe_open(there, "pt") as file:
                 words = file.metadata() or {}
                 if words.get("format") != FORMAT:
                     raise MmnError(f"{path} is no edit that this version reads ({FORMAT}): fit it again and save it.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mmn.arguments import a_path, at_least
 from mmn.errors import MmnError
-from mmn.paths import whole
+from mmn.paths import in_utf8, whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -162,5 +162,7 @@ def merged(vlm: VLM, edits: Sequence, out: Path) -> None:
         for edit in edits:
             stack.enter_context(edit.applied(vlm, "weights"))
         stack.enter_context(quiet())
-        vlm.model.save_pretrained(part)
-        vlm.processor.save_pretrained(part)
+        part.mkdir()
+        there = stack.enter_context(in_utf8(part))
+        vlm.model.save_pretrained(there)
+        vlm.processor.save_pretrained(there)

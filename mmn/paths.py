@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +72,21 @@ def _permit(written: Path, mode: int) -> None:
         if stat.S_IMODE(path.stat().st_mode) != wanted:
             with suppress(PermissionError):  # some file systems know no permissions
                 path.chmod(wanted)
+
+
+@contextmanager
+def in_utf8(path: Path) -> Iterator[Path]:
+    """A name of a file or a folder that is there, in UTF-8: its own, or a link's where its own is not. safetensors and tokenizers
+    take no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "link"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 @contextmanager

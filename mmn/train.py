@@ -51,7 +51,7 @@ from mmn import scenes
 from mmn.arguments import a_path
 from mmn.bars import tqdm
 from mmn.errors import MmnError
-from mmn.paths import whole
+from mmn.paths import in_utf8, whole
 from mmn.vlm import place
 
 STAGES = ("vision", "language", "projector", "tuning")
@@ -660,8 +660,10 @@ def train(
 def export(trainer: Trainer, out: Path) -> None:
     """Write the checkpoint beside `out`, then put it in place; the README of the one that was there stays."""
     with whole(out) as part:
-        trainer.model.to(torch.float16).save_pretrained(part)
-        make_processor(trainer.tokenizer).save_pretrained(part)
+        part.mkdir()
+        with in_utf8(part) as there:
+            trainer.model.to(torch.float16).save_pretrained(there)
+            make_processor(trainer.tokenizer).save_pretrained(there)
         if (out / "README.md").exists():
             shutil.copy2(out / "README.md", part)
 

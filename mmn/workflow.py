@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from mmn import pieces
 from mmn.arguments import a_path
 from mmn.errors import MmnError
+from mmn.images import readable
 from mmn.paths import alone, put
 from mmn.progress import Progress
 from mmn.scenes import PROMPT
@@ -114,7 +115,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if revision:
             models[slug]["revision"] = revision
     keys = ("count", "shards", "top_k", "prompt", "edits", "seed")
-    return {"models": models, "images": sources.absolute(args.images), **{key: getattr(args, key) for key in keys}}
+    settings = {"models": models, "images": sources.absolute(args.images), **{key: getattr(args, key) for key in keys}}
+    return settings | {"prompt": readable(args.prompt)}  # words, where the locale knows only ASCII, too
 
 
 def machine_of(args: argparse.Namespace) -> dict[str, Any]:
