@@ -35,7 +35,7 @@ lab: .venv/ready
 
 # The chapters come first: they take longest, and both processes then end at about the same time.
 test: .venv/ready
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder notebooks tests \
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder notebooks tests \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 # make refresh                the chapters and README's picture

@@ -1,4 +1,4 @@
-"""What a neuron says: the tokens its write raises most, `w_i . W_U` (Pan et al., the released code; no final norm)."""
+"""What a neuron says: the tokens its write raises most, `w_i W_U` (Pan et al., the released code; no final norm)."""
 
 from __future__ import annotations
 

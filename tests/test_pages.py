@@ -24,7 +24,9 @@ BOOK = ROOT / "book"
 def listed() -> list[str]:
     """The pages of the table of contents."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-    return [toc["root"], *(page["file"] for part in toc["parts"] for page in part["chapters"])]
+    pages = [page for part in toc["parts"] for page in part["chapters"]]
+    below = [page for above in pages for page in above.get("sections", [])]
+    return [toc["root"], *(page["file"] for page in pages + below)]
 
 
 def read(name: str) -> str:
@@ -62,9 +64,13 @@ def test_the_reference_has_everything_that_import_brings() -> None:
 
 
 def test_modules_of_the_reference_exist_and_say_what_they_are() -> None:
-    for name in re.findall(r"^\.\. automodule:: (mmn\.\w+)$", read("api_rooms.md"), re.MULTILINE):
+    pages = [read(page.name) for page in sorted(BOOK.glob("api_*.md"))]
+    documented = re.findall(r"^\.\. automodule:: (mmn\.\w+)$", "\n".join(pages), re.MULTILINE)
+    for name in documented:
         module = importlib.import_module(name)
         assert (module.__doc__ or "").strip()
+    overview = re.findall(r"^   (mmn\.\w+)$", read("api_modules.md"), re.MULTILINE)
+    assert sorted(overview) == sorted(documented), "each module has its place, and the overview names it"
 
 
 def test_docstrings_become_what_sphinx_reads(extension: Any) -> None:
